@@ -1,0 +1,668 @@
+"""Train a network by Contrastive Forward-Forward: data sets, augmentation, the two stages, and runs on disk.
+
+    python train.py                                             ten drawn shapes, nothing to download
+    python train.py --dataset cifar10 --algo cffm               the paper's run: ViT[128 4 5], 600 + 50 epochs
+    python train.py --dataset cifar10 --algo cffm --model vit-64-4-4 --limit 10000 --recipe short
+    python train.py --resume --out runs/NAME                    go on where a run stopped
+
+A run is a folder: config.json (every setting), log.csv (a row an epoch), last.pt (what --resume needs), best.pt (the
+weights) and result.json (test accuracy). `python eval.py runs/NAME` reads it.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.nn.functional import cross_entropy, normalize, one_hot, pad
+from torchvision.transforms.v2 import functional as ops
+
+from cff import cff_step, encode, head_step, predict
+from losses import marginal_contrastive_loss, margins, saturated
+from vit import build_model
+
+# -------------------------------------------------------------------------------------------------------------- settings
+
+# flag: (default, meaning). Defaults are the paper's or, where it is silent, those of its authors' code.
+SETTINGS = {
+    "dataset": ("shapes", "shapes, mnist, cifar10, cifar100 or tinyimagenet"),
+    "data_dir": ("data", "folder of the data sets; what is missing there is downloaded"),
+    "limit": (0, "number of training images to use, and a ninth of it for validation; 0 is all"),
+    "missing": (0.0, "fraction of training and validation images to leave out (Table 4)"),
+    "label_noise": (0.0, "fraction of training and validation labels to make wrong (Table 4)"),
+    "augment": ("crop", "none, flip, crop (and flip) or crop+randaug (Table 3); MNIST is never flipped"),
+    "padding": (4, "pixels of zeros around an image before its crop"),
+    "algo": ("cffm", "cff (contrastive loss, Eq. 3) or cffm (with margins, Eq. 15)"),
+    "model": ("vit-128-4-5", '"ViT[E H L]" or "MLP[E L]", also written vit-E-H-L, mlp-E-L'),
+    "patch_size": (4, "side of a patch in pixels"),
+    "pool": ("mean", "what a layer's loss sees: mean over patches (Eq. 13) or class token (Table 5)"),
+    "position_std": (1.0, "standard deviation of the position embedding at the start"),
+    "views": (2, "augmented views of a batch; 1 is the one-forward variant (Table 6)"),
+    "epochs": (600, "epochs of stage 1, the encoder"),
+    "head_epochs": (50, "epochs of stage 2, the linear head"),
+    "batch_size": (512, "images in a batch, B"),
+    "lr": (0.004, "learning rate of stage 1"),
+    "head_lr": (0.0005, "learning rate of stage 2"),
+    "weight_decay": (0.01, "weight decay of AdamW"),
+    "warmup": (0, "updates in which the learning rate of stage 1 rises to --lr"),
+    "schedule": ("constant", "learning rate of both stages: constant, or cosine, down to 0 at the stage's end"),
+    "temperature": (0.15, "tau of Eqs. 3 and 15"),
+    "m0": (0.4, "margin of the first layer (Sec. 4.1)"),
+    "mL": (0.1, "margin of the last layer"),
+    "decay": ("linear", "margins between them: linear, parabolic, cosine or exponential"),
+    "seed": (0, "of the validation split, the weights and every draw"),
+    "device": ("auto", "auto, cpu or cuda"),
+    "out": ("", "folder of the run; runs/DATASET-ALGO-MODEL-sSEED if not given"),
+}
+CHOICES = {
+    "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"), "algo": ("cff", "cffm"),
+    "augment": ("none", "flip", "crop", "crop+randaug"), "pool": ("mean", "token"), "views": (1, 2),
+    "schedule": ("constant", "cosine"), "decay": ("linear", "parabolic", "cosine", "exponential"),
+}
+# Settings found for runs of some 600 updates (README, "Short runs").
+SHORT = dict(epochs=30, head_epochs=10, position_std=0.02, padding=4, warmup=20, schedule="cosine", head_lr=0.005)
+# What differs from SETTINGS: by data set, then by recipe; what is typed comes last.
+BY_DATASET = {
+    "shapes": dict(SHORT, model="vit-64-4-3", epochs=12, head_epochs=3, batch_size=256),
+    "mnist": dict(model="mlp-500-3", augment="none"),
+    "cifar10": dict(padding=12),
+    "cifar100": dict(model="vit-192-6-6"),
+    "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
+}
+BY_RECIPE = {"paper": {}, "short": SHORT}
+METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
+
+
+def parse(argv=None):
+    """The settings of a command line: (dict, whether to resume). A line that makes no sense ends with exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, meaning) in SETTINGS.items():
+        own = {dataset: changes[name] for dataset, changes in BY_DATASET.items() if name in changes}
+        default_text = ", ".join([f"[{default}", *(f"{dataset}: {value}" for dataset, value in own.items())]) + "]"
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), choices=CHOICES.get(name),
+                            metavar=name.upper(), help=f"{meaning} {default_text}")
+    parser.add_argument("--recipe", choices=BY_RECIPE, help="paper, or short: " +
+                        " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SHORT.items()))
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
+    typed = vars(parser.parse_args(argv))
+    resume, recipe = typed.pop("resume", False), typed.pop("recipe", "paper")
+    settings = {name: default for name, (default, _) in SETTINGS.items()}
+    for changes in (BY_DATASET[typed.get("dataset", "shapes")], BY_RECIPE[recipe], typed):
+        settings.update(changes)
+    settings["model"] = settings["model"].lower().replace("[", "-").replace(" ", "-").rstrip("]")
+    settings["out"] = settings["out"] or "runs/{dataset}-{algo}-{model}-s{seed}".format(**settings)
+    config = Path(settings["out"]) / "config.json"
+    if config.exists() and not resume:
+        parser.error(f"{config.parent} holds a run already: go on with it (--resume), or name another folder (--out)")
+    if resume:
+        if not config.exists():
+            parser.error(f"there is no run in {config.parent} to resume")
+        old = json.loads(config.read_text())["settings"]
+        for name in typed.keys() - {"out", "data_dir", "device"}:
+            if settings[name] != old[name]:
+                parser.error(f"the run in {config.parent} has --{name.replace('_', '-')} {old[name]}; resume it without this flag")
+        settings = {**old, **{name: typed[name] for name in typed if name in ("out", "data_dir", "device")}}
+    for name, lowest, highest in [("limit", 0, math.inf), ("missing", 0, 0.999), ("label_noise", 0, 1), ("padding", 0, math.inf),
+                                  ("epochs", 1, math.inf), ("head_epochs", 1, math.inf), ("batch_size", 2, math.inf),
+                                  ("warmup", 0, math.inf), ("m0", 0, 2), ("mL", 0, 2)]:
+        if not lowest <= settings[name] <= highest:
+            parser.error(f"--{name.replace('_', '-')} must lie in {lowest}..{highest}; got {settings[name]}")
+    return settings, resume
+
+
+# ------------------------------------------------------------------------------------------------------------- data sets
+
+def load_data(dataset, folder):
+    """(train images, train labels, test images, test labels): uint8 (N, C, H, W) and int64 (N,), as shipped.
+
+    Missing files are downloaded into `folder` and checked. Raises OSError, in one line that says where to put which
+    file, if that fails.
+    """
+    if dataset == "shapes":
+        return *draw_shapes(10000, seed=1), *draw_shapes(2000, seed=2)
+    place = {"mnist": "the four files train-images-idx3-ubyte.gz, ... into {}/MNIST/raw",
+             "cifar10": "cifar-10-python.tar.gz into {}", "cifar100": "cifar-100-python.tar.gz into {}",
+             "tinyimagenet": "tiny-imagenet-200.zip into {}"}[dataset].format(folder)
+    try:
+        if dataset == "tinyimagenet":
+            return load_tiny_imagenet(Path(folder))
+        kind = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10,
+                "cifar100": torchvision.datasets.CIFAR100}[dataset]
+        parts = []
+        for part in (kind(folder, train=True, download=True), kind(folder, train=False, download=True)):
+            images = torch.as_tensor(part.data)                                         # (N, H, W) or (N, H, W, 3)
+            parts.append(images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous())
+            parts.append(torch.as_tensor(part.targets))
+        return parts
+    except Exception as reason:         # no network, a torn file, another layout: all mean that the data are not there
+        reason = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+        raise OSError(f"{dataset} could not be loaded ({reason}): put {place}, or use --dataset shapes, which needs no files")
+
+
+def load_tiny_imagenet(folder):
+    """Tiny ImageNet as `load_data`; its 10,000 labelled validation images are the test set, as its own has no labels."""
+    root = folder / "tiny-imagenet-200"
+    if not root.exists():
+        torchvision.datasets.utils.download_url("http://cs231n.stanford.edu/tiny-imagenet-200.zip", folder,
+                                                md5="90528d7ca1a48142e341f4ef8d21d0de")
+        with zipfile.ZipFile(folder / "tiny-imagenet-200.zip") as archive:
+            archive.extractall(folder / "unpacking")        # names with .. or a leading / stay inside the folder
+        (folder / "unpacking" / "tiny-imagenet-200").rename(root)
+    classes = sorted((root / "wnids.txt").read_text().split())
+    train = [(path, label) for label, name in enumerate(classes)
+             for path in sorted((root / "train" / name / "images").glob("*.JPEG"))]
+    val = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+    test = [(root / "val" / "images" / file, classes.index(name)) for file, name in val]
+    for part in (train, test):
+        if {label for _, label in part} != set(range(len(classes))):
+            raise ValueError(f"some of the {len(classes)} classes have no images in {root}")
+        yield torch.stack([torchvision.io.read_image(str(path), torchvision.io.ImageReadMode.RGB) for path, _ in part])
+        yield torch.tensor([label for _, label in part])
+
+
+SHAPES = "disc ring square triangle plus star crescent half tee bars".split()
+
+
+def draw_shapes(n, seed):
+    """n drawn images uint8 (n, 3, 32, 32) and their labels (n,) in the order of SHAPES; the same for the same seed.
+
+    Place, size, turn, colours, stripes and clutter are drawn for each image, so that only the outline tells the class.
+    """
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+
+    def place(low, high):                           # a random centre, turn and size: image points in its coordinates
+        radius, turn = rand(low, high, 1, 1), rand(0, 2 * math.pi, 1, 1)
+        edge = 0.8 * radius
+        cx, cy = edge + (31 - 2 * edge) * rand(0, 1, 1, 1), edge + (31 - 2 * edge) * rand(0, 1, 1, 1)
+        x, y = (columns - cx) / radius, (rows - cy) / radius
+        return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
+
+    def bar(x, y, width, height):
+        return torch.maximum(x.abs() - width, y.abs() - height)
+
+    def cover(distance, radius):                    # signed distance to an outline -> how much of a pixel is inside
+        return (0.5 - distance * radius).clamp(0, 1)[:, None]
+
+    def paint(colour, contrast):                    # a colour with stripes of random direction, width and strength
+        x, y, _ = place(1, 1)
+        wave = (x * rand(0.2, 1.2, 1, 1)).sin()[:, None] * rand(-contrast, contrast, 3, 1, 1)
+        return colour + wave + 0.04 * torch.randn(n, 3, 32, 32, generator=g)
+
+    back = rand(0, 1, 3, 1, 1)
+    image = paint(back, 0.25)
+    for _ in range(4):                              # clutter under the shape: small discs and bars
+        x, y, radius = place(1.5, 4)
+        long = rand(0.2, 1, 1, 1)
+        image = image.lerp(rand(0, 1, 3, 1, 1).expand_as(image), cover(torch.maximum(x.abs(), y.abs() / long) - 1, radius))
+
+    x, y, radius = place(7, 12)
+    distance = torch.empty_like(x)                  # signed, to the outline, in units of the radius
+    outlines = [
+        lambda x, y: torch.hypot(x, y) - 0.85,
+        lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.2,
+        lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.72,
+        lambda x, y: torch.maximum(0.866 * x.abs() + 0.5 * y, -y) - 0.45,
+        lambda x, y: torch.minimum(bar(x, y, 0.25, 0.95), bar(x, y, 0.95, 0.25)),
+        lambda x, y: 0.6 * (torch.hypot(x, y) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(y, x))),
+        lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.75 - torch.hypot(x - 0.45, y)),
+        lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, -0.2 - y),
+        lambda x, y: torch.minimum(bar(x, y - 0.55, 0.85, 0.25), bar(x, y, 0.25, 0.8)),
+        lambda x, y: bar(x, y.abs() - 0.5, 0.85, 0.2),
+    ]
+    for label, outline in enumerate(outlines):
+        distance[label::len(SHAPES)] = outline(x[label::len(SHAPES)], y[label::len(SHAPES)])
+    labels = torch.arange(n) % len(SHAPES)
+    colour = (back + rand(0.3, 0.7, 3, 1, 1)) % 1   # far from the background's in every channel
+    image = image.lerp(paint(colour, 0.25), cover(distance, radius))
+    return (image.clamp(0, 1) * 255).to(torch.uint8), labels
+
+
+def split(images, labels, settings, num_classes):
+    """Training and validation data, ((images, labels), (images, labels)): 90 % and 10 % at random by the seed.
+
+    --limit and --missing leave images out, --label-noise gives an exact fraction of labels a wrong class, uniformly.
+    """
+    g = torch.Generator().manual_seed(settings["seed"])
+    order = torch.randperm(len(labels), generator=g)
+    rows = [order[len(order) // 10:], order[:len(order) // 10]]
+    if settings["limit"] > len(rows[0]):
+        raise ValueError(f"--limit {settings['limit']}: there are {len(rows[0])} training images")
+    if settings["limit"]:
+        rows = [rows[0][:settings["limit"]], rows[1][:max(1, settings["limit"] // 9)]]
+    parts = []
+    for part in rows:
+        part = part[:max(1, round(len(part) * (1 - settings["missing"])))]
+        y = labels[part]
+        wrong = torch.randperm(len(y), generator=g)[:round(len(y) * settings["label_noise"])]
+        y[wrong] = (y[wrong] + torch.randint(1, num_classes, wrong.shape, generator=g)) % num_classes
+        parts.append((images[part], y))
+    return parts
+
+
+def mean_and_std(images):
+    """Mean and standard deviation of each channel of uint8 images (N, C, H, W), as lists of C floats in 0..1."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    share = share / share.sum(dim=1, keepdim=True)                                      # (C, 256)
+    mean = share @ values
+    return mean.tolist(), (share @ values ** 2 - mean ** 2).sqrt().tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------- augmentation
+
+def random_flip(images, generator):
+    """Mirror each image (B, C, H, W) with probability 1/2."""
+    flip = torch.rand(len(images), device=images.device, generator=generator) < 0.5
+    return torch.where(flip[:, None, None, None], images.flip(3), images)
+
+
+def random_crop(images, padding, generator):
+    """A random window of each image (B, C, H, W), of the same size, after padding with zeros on all sides."""
+    B, C, H, W = images.shape
+    windows = pad(images, [padding] * 4).unfold(2, H, 1).unfold(3, W, 1)    # (B, C, 2p+1, 2p+1, H, W), a view
+    rows, columns = torch.randint(2 * padding + 1, (2, B), device=images.device, generator=generator)
+    return windows[torch.arange(B, device=images.device), :, rows, columns]
+
+
+def rand_augment(images, generator, num_ops=3, magnitude=14):
+    """RandAugment [45]: num_ops of torchvision's 14 operations for each image, uint8 (B, C, H, W) -> the same.
+
+    magnitude runs from 0 to 30. An operation is applied at once to all images that drew it with the same sign.
+    """
+    t, (H, W) = magnitude / 30, images.shape[-2:]
+    shear, dx, dy = math.degrees(math.atan(0.3 * t)), int(150 / 331 * W * t), int(150 / 331 * H * t)
+
+    def affine(x, translate=(0, 0), shear=(0.0, 0.0), center=None):
+        return ops.affine(x, 0.0, list(translate), 1.0, list(shear), center=center)
+
+    signed = [                                                          # the sign of the magnitude is drawn as well
+        lambda x, sign: affine(x, shear=(sign * shear, 0.0), center=[0, 0]),
+        lambda x, sign: affine(x, shear=(0.0, sign * shear), center=[0, 0]),
+        lambda x, sign: affine(x, translate=(sign * dx, 0)),
+        lambda x, sign: affine(x, translate=(0, sign * dy)),
+        lambda x, sign: ops.rotate(x, sign * 30 * t),
+        lambda x, sign: ops.adjust_brightness(x, 1 + sign * 0.9 * t),
+        lambda x, sign: ops.adjust_saturation(x, 1 + sign * 0.9 * t),
+        lambda x, sign: ops.adjust_contrast(x, 1 + sign * 0.9 * t),
+        lambda x, sign: ops.adjust_sharpness(x, 1 + sign * 0.9 * t),
+    ]
+    unsigned = [
+        lambda x: x,
+        lambda x: ops.posterize(x, 8 - round(4 * t)),
+        lambda x: ops.solarize(x, 255 * (1 - t)),
+        ops.autocontrast,
+        ops.equalize,
+    ]
+    # a signed operation has two numbers, an unsigned one appears twice: each of the 14 is drawn as often as the others
+    table = [lambda x, op=op, sign=sign: op(x, sign) for op in signed for sign in (-1, 1)] + unsigned
+    numbers = torch.tensor([*range(18), *range(18, 23), *range(18, 23)], device=images.device)
+    images = images.clone()
+    for _ in range(num_ops):
+        drawn = numbers[torch.randint(28, (len(images),), device=images.device, generator=generator)]
+        for number, operation in enumerate(table):
+            rows = (drawn == number).nonzero()[:, 0]
+            if len(rows):
+                images[rows] = operation(images[rows])
+    return images
+
+
+def make_augment(kind, padding, mean, std, generator, flip=True):
+    """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised float (B, C, H, W). kind as --augment."""
+    mean, std = (torch.tensor(c, device=generator.device)[:, None, None] for c in (mean, std))
+
+    def augment(images):
+        if "randaug" in kind:
+            images = rand_augment(images, generator)
+        if "crop" in kind:
+            images = random_crop(images, padding, generator)
+        if flip and kind != "none":
+            images = random_flip(images, generator)
+        return (images.float() / 255 - mean) / std
+
+    return augment
+
+
+# ------------------------------------------------------------------------------------------------- what an epoch measures
+
+@contextmanager
+def watch(model):
+    """Yield L lists that collect what each layer shows its loss, (B, E) a forward pass, while others call the layers."""
+    seen = [[] for _ in model.layers]
+    hooks = [layer.register_forward_hook(lambda _, x, h, outputs=outputs: outputs.append(model.pool(h.detach())))
+             for layer, outputs in zip(model.layers, seen)]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+class Probe:
+    """A linear classifier in closed form, least squares from features (B, E) to one-hot labels, collected batch by batch."""
+
+    def __init__(self, num_classes):
+        self.num_classes, self.XX, self.XY = num_classes, 0, 0
+
+    def add(self, f, y):
+        X = torch.cat([f, f.new_ones(len(f), 1)], dim=1).double()
+        self.XX, self.XY = self.XX + X.T @ X, self.XY + X.T @ one_hot(y, self.num_classes).double()
+
+    def correct(self, f, y):
+        """How many of the features (B, E) it gives their label."""
+        ridge = 1e-6 * self.XX.diagonal().sum() * torch.eye(len(self.XX), dtype=self.XX.dtype, device=f.device)
+        W = torch.linalg.solve(self.XX + ridge, self.XY)
+        return ((f.double() @ W[:-1] + W[-1]).argmax(dim=1) == y).sum()
+
+
+def saturated_share(f, y, margin):
+    """sum_i |R(i)| and sum_i |P(i)| of a batch, a tensor (2,): row 3 of Fig. 5."""
+    positives = (y[:, None] == y).sum() - len(y)
+    return torch.stack([saturated(f, y, margin).sum(), positives])
+
+
+def batches(order, y, settings):
+    """Cut rows `order` into batches, without a last one in which no image has a positive (possible with one view)."""
+    for rows in order.split(settings["batch_size"]):
+        if settings["views"] == 2 or len(rows) == settings["batch_size"] or len(y[rows].unique()) < len(rows):
+            yield rows
+
+
+@torch.no_grad()
+def validate_encoder(model, images, y, augment, settings, layer_margins, probe):
+    """Stage 1 on validation data: mean loss and saturated share of each layer (L,), and the probe's accuracy in %."""
+    loss, share, correct, n = 0, 0, 0, 0
+    for rows in batches(torch.arange(len(y), device=y.device), y, settings):
+        views = [encode(model, augment(images[rows])) for _ in range(settings["views"])]
+        labels = y[rows].repeat(settings["views"])
+        f = [normalize(torch.cat(outputs)) for outputs in zip(*views)]                 # L x (2B, E)
+        loss += len(rows) * torch.stack([marginal_contrastive_loss(f_l, labels, m, settings["temperature"])
+                                         for f_l, m in zip(f, layer_margins)])
+        share += torch.stack([saturated_share(f_l, labels, m) for f_l, m in zip(f, layer_margins)])
+        correct += probe.correct(f[-1], labels)
+        n += len(rows)
+    return loss / n, share[:, 0] / share[:, 1], 100 * correct.item() / (n * settings["views"])
+
+
+@torch.no_grad()
+def accuracy(model, images, y, normalise):
+    """Top-1, top-5 and top-10 accuracy in % on images as they are, without augmentation: {1: ..., 5: ..., 10: ...}."""
+    correct = 0
+    for rows in torch.arange(len(y), device=y.device).split(1000):
+        best = predict(model, normalise(images[rows])).topk(10).indices                # (B, 10), best first
+        correct += (best == y[rows, None]).cumsum(dim=1).sum(dim=0)
+    return {k: round(100 * correct[k - 1].item() / len(y), 2) for k in (1, 5, 10)}
+
+
+# ------------------------------------------------------------------------------------------------------------- runs on disk
+
+class Run:
+    """One training run: settings, data, model, random state, how far it is, and its folder on disk."""
+
+    def __init__(self, settings):
+        self.settings, self.folder = settings, Path(settings["out"])
+        cuda = settings["device"] == "auto" and torch.cuda.is_available()
+        self.device = torch.device("cuda" if cuda else settings["device"].replace("auto", "cpu"))
+        train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
+        self.classes = int(train_y.max()) + 1
+        parts = split(train_x, train_y, settings, self.classes)
+        self.train, self.val, self.test = (tuple(t.to(self.device) for t in part) for part in [*parts, (test_x, test_y)])
+        mean, std = mean_and_std(parts[0][0])
+        self.facts = {"image_shape": list(train_x.shape[1:]), "num_classes": self.classes, "mean": mean, "std": std,
+                      "images": [len(part[1]) for part in (self.train, self.val, self.test)]}
+
+        torch.manual_seed(settings["seed"])
+        self.model = make_model(settings, self.facts).to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(settings["seed"])
+        self.val_generator = torch.Generator(self.device)
+        flip = settings["dataset"] != "mnist"                       # a mirrored digit is another sign
+        make = lambda kind, generator: make_augment(kind, settings["padding"], mean, std, generator, flip)
+        self.augment = make(settings["augment"], self.generator)
+        self.val_augment = make(settings["augment"], self.val_generator)
+        self.normalise = make("none", self.generator)
+        m0, mL = (settings["m0"], settings["mL"]) if settings["algo"] == "cffm" else (0.0, 0.0)
+        self.margins = margins(m0, mL, len(self.model.layers), settings["decay"])
+        self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0, "encoder_epoch": 0, "log": []}
+
+    def start(self):
+        """Make the folder and write down every setting, the data, versions and machine."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = {"command": "python " + " ".join(sys.argv), "settings": self.settings, "data": self.facts,
+                  "device": describe_device(self.device),
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                               "torchvision": torchvision.__version__}}
+        write(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+
+    def save(self, optimizers, best):
+        """Write log.csv and last.pt, and best.pt if this epoch was the best; a file is whole or not there."""
+        if best:
+            content = {"model": self.model.state_dict(), "settings": self.settings, "data": self.facts}
+            write(self.folder / "best.pt", lambda path: torch.save(content, path))
+        checkpoint = {**self.state, "model": self.model.state_dict(), "generator": self.generator.get_state(),
+                      "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        write(self.folder / "last.pt", lambda path: torch.save(checkpoint, path))
+        write(self.folder / "log.csv", self.write_log)
+
+    def write_log(self, path):
+        columns = list(dict.fromkeys(column for row in self.state["log"] for column in row))
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(self.state["log"])
+
+    def load(self):
+        """Take up the last finished epoch; returns the states of the optimizers."""
+        checkpoint = torch.load(self.folder / "last.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(checkpoint["model"])
+        self.generator.set_state(checkpoint["generator"].cpu())
+        self.state = {key: checkpoint[key] for key in self.state}
+        return checkpoint["optimizers"]
+
+
+def make_model(settings, facts):
+    """The untrained model of a run's settings and the facts of its data."""
+    return build_model(settings["model"], facts["image_shape"], facts["num_classes"], settings["patch_size"],
+                       settings["pool"], settings["position_std"])
+
+
+def describe_device(device):
+    """The GPU's or the processor's name, and how many threads are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else [platform.processor()]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write(path, fill):
+    """Let fill(temporary) write a file, then put it in the place of `path` in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    fill(temporary)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ the stages
+
+def learning_rate(step, steps, settings, base, warmup):
+    """The learning rate of update `step` of `steps`, counted from 0: a linear rise over `warmup`, then --schedule."""
+    rise = min(1, (step + 1) / (warmup + 1))
+    fall = (1 + math.cos(math.pi * step / steps)) / 2 if settings["schedule"] == "cosine" else 1
+    return base * rise * fall
+
+
+def by_layer(name, values):
+    """{"name_1": ..., "name_L": ...}: a log's columns from a tensor (L,)."""
+    return {f"{name}_{l}": round(value, 6) for l, value in enumerate(values.tolist(), start=1)}
+
+
+def encoder_epoch(run, optimizers, updates):
+    """Stage 1: Algorithm 1 on every batch of `updates`, then validation; (columns of the log, last layer's validation loss)."""
+    settings, loss, share, n = run.settings, 0, 0, 0
+    probe = Probe(run.classes)
+    with watch(run.model) as seen:
+        for x, y in updates:
+            loss += len(y) * cff_step(run.model, optimizers, x, y, run.augment, run.margins, settings["temperature"],
+                                      settings["views"])
+            n += len(y)
+            labels = y.repeat(settings["views"])
+            f = [normalize(torch.cat(outputs)) for outputs in seen]                    # L x (2B, E)
+            share += torch.stack([saturated_share(f_l, labels, m) for f_l, m in zip(f, run.margins)])
+            probe.add(f[-1], labels)
+            for outputs in seen:
+                outputs.clear()
+    run.val_generator.manual_seed(settings["seed"])                                    # the same views every epoch
+    val_loss, val_share, accuracy = validate_encoder(run.model, *run.val, run.val_augment, settings, run.margins, probe)
+    row = {**by_layer("train_loss", loss / n), **by_layer("val_loss", val_loss),
+           **by_layer("train_saturated", share[:, 0] / share[:, 1]), **by_layer("val_saturated", val_share),
+           "probe": round(accuracy, 2)}
+    return row, val_loss[-1].item()
+
+
+def head_epoch(run, optimizers, updates):
+    """Stage 2: cross-entropy of the head on every batch of `updates`, then validation; (columns, validation loss)."""
+    loss, n, val_loss = 0, 0, 0
+    for x, y in updates:
+        loss += len(y) * head_step(run.model, optimizers[0], x, y, run.augment)
+        n += len(y)
+    images, y = run.val
+    run.val_generator.manual_seed(run.settings["seed"])
+    for rows in torch.arange(len(y), device=run.device).split(run.settings["batch_size"]):
+        val_loss += cross_entropy(predict(run.model, run.val_augment(images[rows])), y[rows], reduction="sum")
+    row = {"train_loss_head": round((loss / n).item(), 6), "val_loss_head": round((val_loss / len(y)).item(), 6)}
+    return row, row["val_loss_head"]
+
+
+def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
+    """All epochs of a stage that are still to do, each with its row in the log and its checkpoint."""
+    state, (images, y), settings = run.state, run.train, run.settings
+    steps = math.ceil(len(y) / settings["batch_size"])
+
+    def updates():                                          # the batches of one epoch, each with its learning rate
+        order = torch.randperm(len(y), device=run.device, generator=run.generator)
+        for i, rows in enumerate(batches(order, y, settings)):
+            rate = learning_rate(state["epoch"] * steps + i, epochs * steps, settings, base_rate, warmup)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = rate
+            yield images[rows], y[rows]
+            show_progress(run, stage, i + 1, steps, epochs, time.time() - start)
+
+    while state["epoch"] < epochs:
+        start = time.time()
+        columns, val_loss = one_epoch(run, optimizers, updates())
+        state["epoch"] += 1
+        row = {"stage": stage, "epoch": state["epoch"], **columns, "seconds": round(time.time() - start, 2)}
+        best = val_loss < state["best"]
+        if best:
+            state["best"], state["best_epoch"] = val_loss, state["epoch"]
+        state["log"].append(row)
+        show_row(run, row, epochs)
+        run.save(optimizers, best)
+
+
+def train(run, optimizer_states=None):
+    """Both stages and the test, from the start or from where `run` stands; writes and returns the result."""
+    settings, state, model = run.settings, run.state, run.model
+    adamw = lambda module, rate: torch.optim.AdamW(module.parameters(), rate, weight_decay=settings["weight_decay"])
+    if state["stage"] == 1:
+        optimizers = [adamw(layer, settings["lr"]) for layer in model.layers]
+        for optimizer, old in zip(optimizers, optimizer_states or []):
+            optimizer.load_state_dict(old)
+        show_start(run)
+        train_stage(run, 1, optimizers, encoder_epoch, settings["epochs"], settings["lr"], settings["warmup"])
+        best = torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)
+        model.load_state_dict(best["model"])
+        state.update(stage=2, epoch=0, best=math.inf, encoder_epoch=state["best_epoch"])
+        optimizer_states = None
+    optimizers = [adamw(model.head, settings["head_lr"])]
+    for optimizer, old in zip(optimizers, optimizer_states or []):
+        optimizer.load_state_dict(old)
+    if state["epoch"] == 0:
+        run.save(optimizers, best=False)                    # the start of stage 2, should it stop before its first epoch
+    train_stage(run, 2, optimizers, head_epoch, settings["head_epochs"], settings["head_lr"])
+    best = torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)
+    model.load_state_dict(best["model"])
+    seconds = sum(row["seconds"] for row in state["log"])
+    result = {**{f"test_top{k}": value for k, value in accuracy(model, *run.test, run.normalise).items()},
+              "val_top1": accuracy(model, *run.val, run.normalise)[1], "metric": METRIC[settings["dataset"]],
+              "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"], "seconds": round(seconds, 1)}
+    write(run.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ what a run says
+
+def collapse_value(n, settings):
+    """The loss of a layer that gives every image the same output, for n images in batches: mean of ln(rows - 1)."""
+    sizes = [len(rows) for rows in torch.arange(n).split(settings["batch_size"])]
+    return sum(size * math.log(max(2, settings["views"] * size - 1)) for size in sizes) / n
+
+
+def show_start(run):
+    s, (train, val, test) = run.settings, run.facts["images"]
+    print(f"{s['algo']} with {s['model']} on {s['dataset']}: {train} training, {val} validation, {test} test images, "
+          f"seed {s['seed']}, {run.device}; run folder {run.folder}")
+    print("Stage 1, the encoder: training loss of each layer | share of saturated pairs |R|/|P| of first and last layer | "
+          "validation loss of the last layer | accuracy of a linear probe on it")
+
+
+def show_row(run, row, epochs):
+    """One line an epoch; says in words what has gone wrong, and ends the run if a loss is not a number."""
+    losses = {column: value for column, value in row.items() if "loss" in column}
+    train = [value for column, value in losses.items() if column.startswith("train_loss")]
+    text = f"{row['epoch']:4d}/{epochs}  " + " ".join(f"{value:6.3f}" for value in train)
+    if row["stage"] == 1:
+        L = len(train)
+        text += f" | {row['train_saturated_1']:5.1%} {row[f'train_saturated_{L}']:5.1%} | {row[f'val_loss_{L}']:6.3f}" \
+                f" | {row['probe']:5.1f} %"
+    else:
+        text += f" | {row['val_loss_head']:6.3f}"
+    print(f"\r{text}  {row['seconds']:6.1f} s", flush=True)
+    if not all(map(math.isfinite, losses.values())):
+        names = ", ".join(column for column, value in losses.items() if not math.isfinite(value))
+        raise SystemExit(f"train.py: {names} is not a number in epoch {row['epoch']}; a smaller --lr may help")
+    value = collapse_value(len(run.train[1]), run.settings)
+    for l, loss in enumerate(train if row["stage"] == 1 and row["epoch"] == 3 else [], start=1):
+        if abs(loss - value) < 0.01:
+            print(f"Layer {l} has collapsed: its loss {loss:.3f} is that of equal outputs for all images, ln(rows - 1) = "
+                  f"{value:.3f}. A smaller --lr or --position-std, or a --warmup, may help.")
+
+
+def show_progress(run, stage, step, steps, epochs, seconds):
+    """A live line on a terminal; once, early in a run that will take long on a CPU, what it will take and what to do."""
+    left = seconds / step * (steps * (epochs - run.state["epoch"]) - step)
+    if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu" and left > 1800:
+        print(f"This will take about {left / 3600:.0f} hours on this CPU. A shorter run: python train.py --dataset "
+              f"{run.settings['dataset']} --algo {run.settings['algo']} --model vit-64-4-4 --limit 10000 --recipe short")
+    if sys.stdout.isatty():
+        print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "
+              f"{left / 60:.0f} min left ", end="", flush=True)
+
+
+def main(argv=None):
+    settings, resume = parse(argv)
+    try:
+        run = Run(settings)
+        states = run.load() if resume and (run.folder / "last.pt").exists() else None
+        run.start()
+    except (OSError, ValueError, RuntimeError) as reason:
+        print(f"train.py: error: {reason}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        result = train(run, states)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nstopped; go on with: python train.py --resume --out {run.folder}")
+    print(f"test accuracy {result['test_top1']} % (top-5 {result['test_top5']} %, top-10 {result['test_top10']} %); "
+          f"more: python eval.py {run.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,15 @@ def _sets(y):
     return same_class & ~itself, ~same_class, itself
 
 
+def _Q(s, P, margin):
+    """Q of Eq. 15 for all pairs (N, N): min(s + m, 1) for positives, s for the others.
+
+    Where s + m > 1 it is the constant 1; at s + m = 1 its gradient still flows (that of clamp depends on torch's version).
+    """
+    Q = torch.where(P, s + margin, s)
+    return Q.masked_fill(P & (Q > 1), 1)
+
+
 def _mean_over_anchors(L, P):
     """The mean of L_i (N,) over the anchors with a positive; ValueError if there is none."""
     anchors = P.any(dim=1)
@@ -88,7 +97,7 @@ def marginal_contrastive_loss(f, y, margin, temperature=0.15):
     P, N, itself = _sets(y)
     s = f @ f.T                                                                         # (N, N)
     # Eq. 15: Q(f_i, f_p) = min(f_i . f_p + m, 1) for positives; negatives keep f_i . f_n
-    Q = torch.where(P, (s + margin).clamp(max=1), s) / temperature
+    Q = _Q(s, P, margin) / temperature
     # Eq. 17: L_i = -1/|P(i)| sum_{p in P(i)} Q(f_i, f_p)/tau
     #               + log( sum_{p' in P(i)} exp(Q(f_i, f_p')/tau) + sum_{n in N(i)} exp(s_in/tau) )
     L = -(Q * P).sum(dim=1) / P.sum(dim=1).clamp(min=1) + Q.masked_fill(itself, -math.inf).logsumexp(dim=1)
@@ -103,7 +112,7 @@ def saturated(f, y, margin):
     """
     _check(f, y, 1.0, margin)
     P, N, itself = _sets(y)
-    return P & (f @ f.T + margin > 1)           # s > 1 - m, in the form that rounds as min(s + m, 1) does
+    return P & (f @ f.T + margin > 1)           # s > 1 - m, in the form that rounds as Q does
 
 
 # --------------------------------------------------------------------- gradients by hand, case by case (Eqs. 18, A.5-A.7)
@@ -174,7 +183,7 @@ def marginal_contrastive_grad(f, y, margin, temperature):
     P, N, itself = _sets(y)
     R = saturated(f, y, margin)
     s = f @ f.T                                                                         # (N, N)
-    Q = torch.where(P, (s + margin).clamp(max=1), s) / temperature
+    Q = _Q(s, P, margin) / temperature
     # D_ij = 1/tau [ -1/|P(i)| (only for j in P(i)) + exp(Q_ij/tau) / Z_i ]; zero for j in R(i), for j = i, for empty P(i)
     D = Q.masked_fill(itself, -math.inf).softmax(dim=1) - P.to(f) / P.sum(dim=1, keepdim=True).clamp(min=1)
     D = D.masked_fill(R | itself | ~P.any(dim=1, keepdim=True), 0) / temperature

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 import zipfile
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 import torchvision
 from torch.nn.functional import cross_entropy, normalize, one_hot, pad
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2 import functional as ops
 
 from cff import cff_step, encode, head_step, predict
@@ -71,7 +73,7 @@ CHOICES = {
 SHORT = dict(epochs=30, head_epochs=10, position_std=0.02, padding=4, warmup=20, schedule="cosine", head_lr=0.005)
 # What differs from SETTINGS: by data set, then by recipe; what is typed comes last.
 BY_DATASET = {
-    "shapes": dict(SHORT, model="vit-64-4-3", epochs=12, head_epochs=3, batch_size=256),
+    "shapes": dict(SHORT, model="vit-64-4-3", patch_size=8, epochs=36, head_epochs=4, batch_size=128),
     "mnist": dict(model="mlp-500-3", augment="none"),
     "cifar10": dict(padding=12),
     "cifar100": dict(model="vit-192-6-6"),
@@ -83,7 +85,7 @@ METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top
 
 def parse(argv=None):
     """The settings of a command line: (dict, whether to resume). A line that makes no sense ends with exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    parser = argparse.ArgumentParser("train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, meaning) in SETTINGS.items():
         own = {dataset: changes[name] for dataset, changes in BY_DATASET.items() if name in changes}
@@ -98,8 +100,8 @@ def parse(argv=None):
     settings = {name: default for name, (default, _) in SETTINGS.items()}
     for changes in (BY_DATASET[typed.get("dataset", "shapes")], BY_RECIPE[recipe], typed):
         settings.update(changes)
-    settings["model"] = settings["model"].lower().replace("[", "-").replace(" ", "-").rstrip("]")
-    settings["out"] = settings["out"] or "runs/{dataset}-{algo}-{model}-s{seed}".format(**settings)
+    model = "-".join(re.findall(r"\w+", settings["model"].lower()))
+    settings["out"] = settings["out"] or f"runs/{settings['dataset']}-{settings['algo']}-{model}-s{settings['seed']}"
     config = Path(settings["out"]) / "config.json"
     if config.exists() and not resume:
         parser.error(f"{config.parent} holds a run already: go on with it (--resume), or name another folder (--out)")
@@ -113,7 +115,7 @@ def parse(argv=None):
         settings = {**old, **{name: typed[name] for name in typed if name in ("out", "data_dir", "device")}}
     for name, lowest, highest in [("limit", 0, math.inf), ("missing", 0, 0.999), ("label_noise", 0, 1), ("padding", 0, math.inf),
                                   ("epochs", 1, math.inf), ("head_epochs", 1, math.inf), ("batch_size", 2, math.inf),
-                                  ("warmup", 0, math.inf), ("m0", 0, 2), ("mL", 0, 2)]:
+                                  ("warmup", 0, math.inf), ("m0", 0, 2), ("mL", 0, 2), ("temperature", 1e-6, math.inf)]:
         if not lowest <= settings[name] <= highest:
             parser.error(f"--{name.replace('_', '-')} must lie in {lowest}..{highest}; got {settings[name]}")
     return settings, resume
@@ -162,56 +164,54 @@ def load_tiny_imagenet(folder):
              for path in sorted((root / "train" / name / "images").glob("*.JPEG"))]
     val = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
     test = [(root / "val" / "images" / file, classes.index(name)) for file, name in val]
+    data = []
     for part in (train, test):
         if {label for _, label in part} != set(range(len(classes))):
             raise ValueError(f"some of the {len(classes)} classes have no images in {root}")
-        yield torch.stack([torchvision.io.read_image(str(path), torchvision.io.ImageReadMode.RGB) for path, _ in part])
-        yield torch.tensor([label for _, label in part])
+        data.append(torch.stack([ops.pil_to_tensor(default_loader(path)) for path, _ in part]))     # RGB, the grey ones too
+        data.append(torch.tensor([label for _, label in part]))
+    return data
 
 
 SHAPES = "disc ring square triangle plus star crescent half tee bars".split()
 
 
 def draw_shapes(n, seed):
-    """n drawn images uint8 (n, 3, 32, 32) and their labels (n,) in the order of SHAPES; the same for the same seed.
+    """n drawn images uint8 (n, 3, 32, 32) and their labels (n,), 0..9 in the order of SHAPES; the same for the same seed.
 
     Place, size, turn, colours, stripes and clutter are drawn for each image, so that only the outline tells the class.
     """
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
+    generator = torch.Generator().manual_seed(seed)
+    images = [_draw_some(min(1000, n - start), generator) for start in range(0, n, 1000)]
+    return torch.cat(images), torch.arange(n) % len(SHAPES)
+
+
+def _draw_some(n, generator):
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
 
-    def place(low, high):                           # a random centre, turn and size: image points in its coordinates
-        radius, turn = rand(low, high, 1, 1), rand(0, 2 * math.pi, 1, 1)
-        edge = 0.8 * radius
-        cx, cy = edge + (31 - 2 * edge) * rand(0, 1, 1, 1), edge + (31 - 2 * edge) * rand(0, 1, 1, 1)
-        x, y = (columns - cx) / radius, (rows - cy) / radius
+    def rand(low, high, channels=1):                # a number for each image, or for each of its channels
+        return low + (high - low) * torch.rand(n, *[channels][:channels > 1], 1, 1, generator=generator)
+
+    def place(low, high, reach=1):                  # the pixels in the coordinates of an object of random place, turn, size
+        radius, turn = rand(low, high), rand(0, 2 * math.pi)
+        room = reach * (15.5 - 0.8 * radius)
+        x, y = (columns - 15.5 - room * rand(-1, 1)) / radius, (rows - 15.5 - room * rand(-1, 1)) / radius
         return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
 
     def bar(x, y, width, height):
         return torch.maximum(x.abs() - width, y.abs() - height)
 
-    def cover(distance, radius):                    # signed distance to an outline -> how much of a pixel is inside
+    def cover(distance, radius):                    # signed distance to an outline -> the share of a pixel inside it
         return (0.5 - distance * radius).clamp(0, 1)[:, None]
 
-    def paint(colour, contrast):                    # a colour with stripes of random direction, width and strength
-        x, y, _ = place(1, 1)
-        wave = (x * rand(0.2, 1.2, 1, 1)).sin()[:, None] * rand(-contrast, contrast, 3, 1, 1)
-        return colour + wave + 0.04 * torch.randn(n, 3, 32, 32, generator=g)
+    def paint(colour):                              # a colour with stripes
+        x, _, _ = place(1, 1)
+        return colour + (x * rand(0.2, 1.2)).sin()[:, None] * rand(-0.12, 0.12, 3)
 
-    back = rand(0, 1, 3, 1, 1)
-    image = paint(back, 0.25)
-    for _ in range(4):                              # clutter under the shape: small discs and bars
-        x, y, radius = place(1.5, 4)
-        long = rand(0.2, 1, 1, 1)
-        image = image.lerp(rand(0, 1, 3, 1, 1).expand_as(image), cover(torch.maximum(x.abs(), y.abs() / long) - 1, radius))
-
-    x, y, radius = place(7, 12)
-    distance = torch.empty_like(x)                  # signed, to the outline, in units of the radius
     outlines = [
         lambda x, y: torch.hypot(x, y) - 0.85,
         lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.2,
-        lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.72,
+        lambda x, y: bar(x, y, 0.72, 0.72),
         lambda x, y: torch.maximum(0.866 * x.abs() + 0.5 * y, -y) - 0.45,
         lambda x, y: torch.minimum(bar(x, y, 0.25, 0.95), bar(x, y, 0.95, 0.25)),
         lambda x, y: 0.6 * (torch.hypot(x, y) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(y, x))),
@@ -220,12 +220,19 @@ def draw_shapes(n, seed):
         lambda x, y: torch.minimum(bar(x, y - 0.55, 0.85, 0.25), bar(x, y, 0.25, 0.8)),
         lambda x, y: bar(x, y.abs() - 0.5, 0.85, 0.2),
     ]
+    back = rand(0, 0.5, 3)
+    image = paint(back)
+    for _ in range(2):                              # clutter under the shape
+        x, y, radius = place(1.5, 4)
+        image = image.lerp(rand(0, 1, 3).expand_as(image), cover(bar(x, y, 1, rand(0.2, 1)), radius))
+    x, y, radius = place(8, 13, reach=0.5)
+    distance = torch.empty_like(x)
     for label, outline in enumerate(outlines):
-        distance[label::len(SHAPES)] = outline(x[label::len(SHAPES)], y[label::len(SHAPES)])
-    labels = torch.arange(n) % len(SHAPES)
-    colour = (back + rand(0.3, 0.7, 3, 1, 1)) % 1   # far from the background's in every channel
-    image = image.lerp(paint(colour, 0.25), cover(distance, radius))
-    return (image.clamp(0, 1) * 255).to(torch.uint8), labels
+        distance[label::10] = outline(x[label::10], y[label::10])
+    colour = back + rand(0.3, 0.7, 3)               # brighter than the background in every channel
+    image = image.lerp(paint(colour), cover(distance, radius))
+    image = image + 0.03 * torch.randn(n, 3, 32, 32, generator=generator)
+    return (image.clamp(0, 1) * 255).to(torch.uint8)
 
 
 def split(images, labels, settings, num_classes):

@@ -1,0 +1,854 @@
+"""The paper as tests, in its order: losses, gradients by hand, the networks, Algorithm 1, data and the real scripts.
+
+    python -m pytest -q                         everything, in a few minutes on two cores
+    python -m pytest -q -k eq18                 the tests of one equation, figure or table
+
+Each loss stands beside a slow, obvious twin in float64; each gradient beside automatic differentiation of that twin.
+"""
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch.nn.functional import cross_entropy, normalize, one_hot, pad
+from torchvision.transforms import autoaugment
+from torchvision.transforms.functional import to_pil_image
+
+import cff
+import eval as evaluation
+import losses
+import train
+import vit
+
+HERE = Path(__file__).parent
+TAU = pytest.mark.parametrize("tau", [1.0, 0.15])
+
+
+def batch(seed, n=12, E=3, classes=3):
+    """Random normalised rows f (n, E) in float64 and labels; in few dimensions, so that some positives are very close."""
+    g = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(n, E, dtype=torch.float64, generator=g), dim=1), torch.randint(classes, (n,), generator=g)
+
+
+def sets(y, i):
+    """P(i) and N(i) as lists of rows."""
+    others = [j for j in range(len(y)) if j != i]
+    return [j for j in others if y[j] == y[i]], [j for j in others if y[j] != y[i]]
+
+
+def slow_anchor_loss(f, y, i, m, tau):
+    """L_i of Eq. 17, written as sums over P(i) and N(i)."""
+    P, N = sets(y, i)
+    Q = lambda j: torch.clamp(f[i] @ f[j] + m, max=1)
+    Z = sum(torch.exp(Q(p) / tau) for p in P) + sum(torch.exp(f[i] @ f[n] / tau) for n in N)
+    return -sum(Q(p) / tau for p in P) / len(P) + torch.log(Z)
+
+
+def slow_loss(f, y, m, tau):
+    """Eq. 16 as the mean over the anchors that have a positive."""
+    L = [slow_anchor_loss(f, y, i, m, tau) for i in range(len(y)) if sets(y, i)[0]]
+    return sum(L) / len(L)
+
+
+def close(got, expected, what, tolerance=1e-10):
+    """Assert in words: which equation, what was expected, what came."""
+    assert torch.allclose(got, expected, rtol=0, atol=tolerance), f"{what}: expected {expected}; got {got}"
+
+
+# ------------------------------------------------------------------------------------------ Section 3.1: Eqs. 3 and 12
+
+@TAU
+@pytest.mark.parametrize("seed", range(3))
+def test_eq3_is_a_double_loop(tau, seed):
+    f, y = batch(seed)
+    y[0] = 99                                                       # an anchor without positives is not counted
+    L = []
+    for i in range(len(y)):
+        P, N = sets(y, i)
+        Z = sum(torch.exp(f[i] @ f[a] / tau) for a in P + N)
+        if P:
+            L.append(-sum(torch.log(torch.exp(f[i] @ f[p] / tau) / Z) for p in P) / len(P))
+    assert len(L) < len(y)
+    close(losses.contrastive_loss(f, y, tau), sum(L) / len(L), "Eq. 3")
+
+
+@TAU
+@pytest.mark.parametrize("seed", range(3))
+def test_eq12_is_a_double_loop(tau, seed):
+    f, y = batch(seed)
+    y[0] = 99
+    L = []
+    for i in range(len(y)):
+        P, N = sets(y, i)
+        Z = sum(torch.exp(f[i] @ f[a] / tau) for a in P + N)
+        if P:
+            L.append(-torch.log(sum(torch.exp(f[i] @ f[p] / tau) for p in P) / len(P) / Z))
+    close(losses.inner_contrastive_loss(f, y, tau), sum(L) / len(L), "Eq. 12")
+
+
+@TAU
+@pytest.mark.parametrize("seed", range(5))
+def test_eq12_is_at_most_eq3_by_jensen(tau, seed):
+    f, y = batch(seed)
+    inner, outer = losses.inner_contrastive_loss(f, y, tau), losses.contrastive_loss(f, y, tau)
+    assert inner < outer, f"Eq. 12 gave {inner}, Eq. 3 gave {outer}; the mean inside the logarithm is the smaller loss"
+
+
+def test_eq12_gradient_is_finite_beside_an_anchor_without_positives():
+    f, y = batch(0)
+    y[0] = 99
+    f.requires_grad_()
+    losses.inner_contrastive_loss(f, y).backward()
+    assert f.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ Section 3.5: Eqs. 14-17
+
+@TAU
+@pytest.mark.parametrize("m", [0.0, 0.1, 0.4, 2.0])
+def test_eq15_to_eq17_are_a_double_loop(tau, m):
+    for seed in range(3):
+        f, y = batch(seed)
+        y[0] = 99
+        close(losses.marginal_contrastive_loss(f, y, m, tau), slow_loss(f, y, m, tau), f"Eq. 17 at m = {m}")
+
+
+@TAU
+def test_eq14_margin_zero_is_eq3(tau):
+    f, y = batch(0)
+    close(losses.marginal_contrastive_loss(f, y, 0.0, tau), losses.contrastive_loss(f, y, tau), "Eq. 14")
+
+
+@pytest.mark.parametrize("m", [0.0, 0.4, 2.0])
+@pytest.mark.parametrize("B", [2, 5])
+@TAU
+def test_eq17_of_a_collapsed_layer_is_ln_2B_minus_1(m, B, tau):
+    f = normalize(torch.ones(2 * B, 4, dtype=torch.float64), dim=1)
+    y = torch.arange(B).repeat(2)
+    expected = torch.tensor(2 * B - 1).double().log()
+    close(losses.marginal_contrastive_loss(f, y, m, tau), expected, "Eq. 17 of identical rows")
+    close(losses.contrastive_loss(f, y, tau), expected, "Eq. 3 of identical rows")
+
+
+@TAU
+def test_losses_do_not_depend_on_the_order_of_the_batch(tau):
+    f, y = batch(1)
+    order = torch.randperm(len(y))
+    for loss in (lambda f, y: losses.contrastive_loss(f, y, tau), lambda f, y: losses.inner_contrastive_loss(f, y, tau),
+                 lambda f, y: losses.marginal_contrastive_loss(f, y, 0.4, tau)):
+        close(loss(f[order], y[order]), loss(f, y), "the loss of the rows in another order")
+
+
+def test_eq17_of_one_view_and_of_two():
+    f, y = batch(2, n=8)
+    g, _ = batch(3, n=8)
+    two, labels = torch.cat([f, g]), torch.cat([y, y])
+    close(losses.marginal_contrastive_loss(two, labels, 0.4), slow_loss(two, labels, 0.4, 0.15), "two views")
+    close(losses.marginal_contrastive_loss(f, y, 0.4), slow_loss(f, y, 0.4, 0.15), "one view")
+    unlike = torch.arange(8)                                        # every image of another class: only the other view is left
+    assert losses.marginal_contrastive_loss(two, torch.cat([unlike, unlike]), 0.4) > 0
+    with pytest.raises(ValueError, match="no row has a positive"):
+        losses.marginal_contrastive_loss(f, unlike, 0.4)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(f=torch.ones(4)), "must be"), (dict(y=torch.zeros(3)), "must be"), (dict(margin=-0.1), "margin"),
+    (dict(margin=2.1), "margin"), (dict(temperature=0.0), "temperature"), (dict(temperature=-1.0), "temperature"),
+    (dict(y=torch.arange(4)), "no row has a positive"),
+])
+def test_losses_refuse_what_makes_no_sense(change, words):
+    arguments = dict(f=torch.eye(4), y=torch.tensor([0, 0, 1, 1]), margin=0.4, temperature=0.15) | change
+    with pytest.raises(ValueError, match=words):
+        losses.marginal_contrastive_loss(**arguments)
+    if "margin" not in change:
+        del arguments["margin"]
+        for loss in (losses.contrastive_loss, losses.inner_contrastive_loss):
+            with pytest.raises(ValueError, match=words):
+                loss(**arguments)
+
+
+def test_losses_are_stable_at_a_small_temperature():
+    f, y = batch(0)
+    assert losses.marginal_contrastive_loss(f.float(), y, 0.4, 0.001).isfinite()    # exp(1/0.001) overflows
+    assert losses.marginal_contrastive_grad(f.float(), y, 0.4, 0.001).isfinite().all()
+
+
+def test_section_3_5_saturated_pairs_are_positives_above_1_minus_m():
+    f, y = batch(0)
+    R = losses.saturated(f, y, 0.4)
+    for i in range(len(y)):
+        P, N = sets(y, i)
+        assert R[i].nonzero()[:, 0].tolist() == [p for p in P if f[i] @ f[p] > 1 - 0.4], f"R({i})"
+    assert not losses.saturated(f, y, 0.0).any()
+    assert losses.saturated(f, y, 2.0).sum() == sum(len(sets(y, i)[0]) for i in range(len(y)))
+
+
+# ------------------------------------------------------------------------ Section 3.5 and A.1: Eqs. 18, A.5, A.6, A.7
+
+M = 0.4
+
+
+def mixed_batch(seed):
+    """A batch with at least one saturated and one unsaturated positive, and its R."""
+    f, y = batch(seed)
+    R = losses.saturated(f, y, M)
+    positives = sum(len(sets(y, i)[0]) for i in range(len(y)))
+    assert 0 < R.sum() < positives, "this batch would not tell the cases apart"
+    return f, y, R
+
+
+def autograd_row(f, y, i, k, tau):
+    """dL_i/df_k by automatic differentiation of the double loop."""
+    rows = f.clone().requires_grad_()
+    return torch.autograd.grad(slow_anchor_loss(rows, y, i, M, tau), rows)[0][k]
+
+
+@TAU
+@pytest.mark.parametrize("seed", range(4))
+def test_eq18_gradient_of_the_anchor(tau, seed):
+    f, y, R = mixed_batch(seed)
+    for k in range(len(y)):
+        if sets(y, k)[0]:
+            close(losses.grad_anchor(f, y, k, M, tau), autograd_row(f, y, k, k, tau), f"Eq. 18, k = {k}")
+
+
+@TAU
+def test_eq18_term_by_term(tau):
+    f, y, R = mixed_batch(0)
+    k = int(R.any(dim=1).nonzero()[0])
+    P, N = sets(y, k)
+    r, rc = [p for p in P if R[k, p]], [p for p in P if not R[k, p]]
+    Z = len(r) * math.exp(1 / tau) + sum(torch.exp((f[k] @ f[j] + M) / tau) for j in rc) \
+        + sum(torch.exp(f[k] @ f[n] / tau) for n in N)
+    expected = 1 / tau * (-1 / len(P) * sum((f[j] for j in rc), torch.zeros(3)) + (
+        sum((torch.exp((f[k] @ f[j] + M) / tau) * f[j] for j in rc), torch.zeros(3))
+        + sum(torch.exp(f[k] @ f[n] / tau) * f[n] for n in N)) / Z)
+    close(losses.grad_anchor(f, y, k, M, tau), expected, f"Eq. 18, k = {k}, R = {r}, Rc = {rc}")
+
+
+@TAU
+@pytest.mark.parametrize("seed", range(4))
+def test_a5_a_saturated_positive_gets_nothing(tau, seed):
+    f, y, R = mixed_batch(seed)
+    for i, k in R.nonzero().tolist():
+        close(losses.grad_positive(f, y, i, k, M, tau), torch.zeros(3).double(), f"Eq. A.5, i = {i}, k = {k}", 0)
+        close(autograd_row(f, y, i, k, tau), torch.zeros(3).double(), "automatic differentiation of L_i", 0)
+
+
+@TAU
+@pytest.mark.parametrize("seed", range(4))
+def test_a6_gradient_of_an_unsaturated_positive(tau, seed):
+    f, y, R = mixed_batch(seed)
+    for i in range(len(y)):
+        for k in sets(y, i)[0]:
+            if not R[i, k]:
+                close(losses.grad_positive(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau), f"Eq. A.6, i = {i}, k = {k}")
+
+
+@TAU
+@pytest.mark.parametrize("seed", range(4))
+def test_a7_gradient_of_a_negative(tau, seed):
+    f, y, R = mixed_batch(seed)
+    for i in range(len(y)):
+        P, N = sets(y, i)
+        for k in N if P else []:
+            close(losses.grad_negative(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau), f"Eq. A.7, i = {i}, k = {k}")
+
+
+def test_a5_to_a7_refuse_a_row_of_the_wrong_set():
+    f, y = batch(0)
+    P, N = sets(y, 1)
+    with pytest.raises(ValueError, match="not a positive"):
+        losses.grad_positive(f, y, 1, N[0], M, 0.15)
+    with pytest.raises(ValueError, match="not a negative"):
+        losses.grad_negative(f, y, 1, P[0], M, 0.15)
+
+
+def test_an_anchor_without_positives_has_no_gradient():
+    f, y = batch(0)
+    y[0], y[1] = 99, 0
+    for gradient in (losses.grad_anchor(f, y, 0, M, 0.15), losses.grad_negative(f, y, 0, 1, M, 0.15)):
+        close(gradient, torch.zeros(3).double(), "an anchor with an empty P(i)", 0)
+
+
+@TAU
+@pytest.mark.parametrize("seed", range(4))
+def test_a2_whole_gradient_is_the_sum_of_the_cases(tau, seed):
+    f, y, R = mixed_batch(seed)
+    y[0] = 99
+    for k in range(len(y)):
+        expected = losses.grad_anchor(f, y, k, M, tau)              # dL/df_k = dL_k/df_k + sum_{i != k} dL_i/df_k
+        for i in range(len(y)):
+            if i != k:
+                case = losses.grad_positive if y[i] == y[k] else losses.grad_negative
+                expected = expected + case(f, y, i, k, M, tau)
+        close(losses.marginal_contrastive_grad(f, y, M, tau)[k], expected, f"(D + D^T) F, row {k}")
+
+
+@TAU
+@pytest.mark.parametrize("seed", range(4))
+def test_whole_gradient_is_autograds(tau, seed):
+    f, y, R = mixed_batch(seed)
+    y[0] = 99
+    rows = f.clone().requires_grad_()
+    sum(slow_anchor_loss(rows, y, i, M, tau) for i in range(len(y)) if sets(y, i)[0]).backward()
+    close(losses.marginal_contrastive_grad(f, y, M, tau), rows.grad, "(D + D^T) F")
+    rows = f.clone().requires_grad_()
+    losses.marginal_contrastive_loss(rows, y, M, tau).backward()
+    anchors = sum(bool(sets(y, i)[0]) for i in range(len(y)))
+    close(losses.marginal_contrastive_grad(f, y, M, tau) / anchors, rows.grad, "the mean over anchors")
+
+
+@TAU
+def test_gradient_by_hand_passes_gradcheck(tau):
+    z, y = batch(5)
+    z = (3 * z).requires_grad_()                                    # through the normalisation f = z / ||z|| as well
+    s = normalize(z) @ normalize(z).T
+    assert (s - (1 - M)).abs().min() > 1e-3, "too near the kink for finite differences"
+    by_hand = lambda z: losses.MarginalContrastiveByHand.apply(normalize(z), y, M, tau)
+    assert torch.autograd.gradcheck(by_hand, z)
+    assert torch.autograd.gradcheck(lambda z: losses.marginal_contrastive_loss(normalize(z), y, M, tau), z)
+
+
+def test_gradient_through_the_normalisation_and_the_pooling():
+    h = torch.randn(6, 4, 3, dtype=torch.float64, requires_grad=True)          # (N, patches, E)
+    y = torch.tensor([0, 0, 1, 1, 0, 1])
+    z = h.mean(dim=1)
+    losses.marginal_contrastive_loss(normalize(z), y, M).backward()
+    f, norm = normalize(z).detach(), z.norm(dim=1, keepdim=True).detach()
+    df = losses.marginal_contrastive_grad(f, y, M, 0.15) / len(y)
+    dz = (df - f * (f * df).sum(dim=1, keepdim=True)) / norm        # dL/dz = (I - f f^T) dL/df / ||z||
+    close(h.grad, dz[:, None].expand_as(h) / 4, "dL/dh, each patch 1/P of dL/dz")
+
+
+def test_exactly_at_the_kink_a_pair_is_unsaturated():
+    f = torch.tensor([[1.0, 0.0], [0.5, 0.75 ** 0.5], [-1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 0, 1])                                     # s_01 = 0.5 = 1 - m
+    assert not losses.saturated(f.detach(), y, 0.5).any()
+    losses.marginal_contrastive_loss(f, y, 0.5, 1.0).backward()
+    close(2 * f.grad, losses.marginal_contrastive_grad(f.detach(), y, 0.5, 1.0), "at s = 1 - m")
+    Z = math.exp(1) + math.exp(-1)                                  # of anchor 0: Q_01 = 1, s_02 = -1
+    expected = (-1 + math.exp(1) / Z) * f[0].detach()
+    close(losses.grad_positive(f.detach(), y, 0, 1, 0.5, 1.0), expected, "Eq. A.6 at s = 1 - m")
+
+
+# ---------------------------------------------------------------------------------------------- Section 4.1: Fig. 4a
+
+def test_fig4a_margins():
+    expected = [0.4 - 0.3 * l / 7 for l in range(8)]
+    assert losses.margins(0.4, 0.1, 8) == pytest.approx(expected)
+    assert losses.margins(0.4, 0.1, 3, "parabolic") == pytest.approx([0.4, 0.1 + 0.3 / 4, 0.1])
+    assert losses.margins(0.4, 0.1, 3, "cosine") == pytest.approx([0.4, 0.25, 0.1])
+    assert losses.margins(0.4, 0.1, 3, "exponential") == pytest.approx([0.4, 0.2, 0.1])
+    assert losses.margins(0.4, 0.1, 1) == [0.4]
+    for wrong in [(2.5, 0.1, 3), (0.4, -0.1, 3), (0.4, 0.1, 0), (0.4, 0.1, 3, "steep"), (0.0, 0.1, 3, "exponential")]:
+        with pytest.raises(ValueError):
+            losses.margins(*wrong)
+
+
+# ------------------------------------------------------------------------------------------- Section 3.4: the networks
+
+def test_patches_put_back_together_are_the_image():
+    images = torch.randn(2, 3, 8, 12)
+    patches = vit.patchify(images, 4)
+    assert patches.shape == (2, 6, 48)
+    for row in range(2):
+        for column in range(3):
+            patch = patches[:, 3 * row + column].view(2, 3, 4, 4)
+            assert torch.equal(patch, images[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4])
+
+
+def test_section_3_4_encoder_layer_is_torchs():
+    theirs = torch.nn.TransformerEncoderLayer(12, 3, 24, dropout=0, activation="gelu", norm_first=True, batch_first=True)
+    ours, old = vit.EncoderLayer(12, 3), theirs.state_dict()
+    names = {"self_attn.in_proj_": "attention.qkv.", "self_attn.out_proj.": "attention.out.", "linear1.": "mlp.0.",
+             "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}
+    ours.load_state_dict({new + kind: old[name + kind] for name, new in names.items() for kind in ("weight", "bias")})
+    x = torch.randn(2, 5, 12)
+    close(ours(x), theirs(x), "EncoderLayer", 1e-5)
+
+
+def test_section_3_4_projection_and_position_belong_to_layer_1():
+    model = vit.build_model("vit-8-2-3", (3, 8, 8), 10)
+    x = model.patches(torch.randn(2, 3, 8, 8))
+    embedding, encoder = model.layers[0]
+    z = torch.relu(x @ embedding.projection.weight.T + embedding.projection.bias) + embedding.position
+    close(model.layers[0](x), encoder(z), "f_1 = encoder_layer_1(projection(x) + E_pos)", 1e-6)
+    assert [len(list(layer.parameters())) for layer in model.layers] == [15, 12, 12]
+    stds = [vit.build_model("vit-64-2-1", (3, 32, 32), 10, position_std=std).layers[0][0].position.std() for std in (1.0, 0.02)]
+    assert stds[0].item() == pytest.approx(1, rel=0.1) and stds[1].item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_eq13_pooling_and_table_5_token():
+    images = torch.randn(2, 3, 8, 8)
+    mean, token = (vit.build_model("vit-8-2-1", (3, 8, 8), 10, pool=pool) for pool in ("mean", "token"))
+    h = mean.layers[0](mean.patches(images))
+    assert h.shape == (2, 4, 8)
+    close(mean.pool(h), sum(h[:, j] for j in range(4)) / 4, "Eq. 13", 1e-6)
+    h = token.layers[0](token.patches(images))
+    assert h.shape == (2, 5, 8) and torch.equal(token.pool(h), h[:, 0])
+    start = token.layers[0][0](token.patches(images))
+    assert torch.equal(start[0, 0], start[1, 0]), "the class token starts the same for every image"
+
+
+def test_model_names_and_shapes():
+    for name in ("ViT[8 2 3]", "vit-8-2-3"):
+        model = vit.build_model(name, (3, 8, 8), 10)
+        assert isinstance(model, vit.ViT) and len(model.layers) == 3
+        assert cff.predict(model, torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    for name in ("MLP[16 2]", "mlp-16-2"):
+        model = vit.build_model(name, (1, 28, 28), 10)
+        assert isinstance(model, vit.MLP) and [tuple(layer[0].weight.shape) for layer in model.layers] == [(16, 784), (16, 16)]
+        assert (model.layers[0](torch.randn(4, 784)) >= 0).all()    # linear + ReLU
+        assert cff.predict(model, torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    for name in ("vit-128-4", "cnn-3-3", "ViT[128 4 0]", "mlp-8-2-2", "ViT[128 4 5", "", "vit"):
+        with pytest.raises(ValueError, match="a model is named"):
+            vit.build_model(name, (3, 8, 8), 10)
+
+
+def test_model_errors_say_what_does_not_fit():
+    with pytest.raises(ValueError, match="3 heads do not divide an embedding of width 8"):
+        vit.build_model("vit-8-3-1", (3, 8, 8), 10)
+    with pytest.raises(ValueError, match="patches of 3 x 3 do not divide an image of 8 x 8"):
+        vit.build_model("vit-8-2-1", (3, 8, 8), 10, patch_size=3)
+    with pytest.raises(ValueError, match="pool"):
+        vit.build_model("vit-8-2-1", (3, 8, 8), 10, pool="max")
+
+
+# -------------------------------------------------------------------------------------- Section 3.3: Algorithm 1, left
+
+@pytest.fixture
+def small():
+    """A small model, an optimizer a layer, a batch of six images in three classes, and an augmentation by noise."""
+    torch.manual_seed(0)
+    model = vit.build_model("vit-8-2-3", (3, 8, 8), 3).double()
+    optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in model.layers]
+    x, y = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    return model, optimizers, x, y, lambda x: x + 0.1 * torch.randn_like(x)
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("views", [2, 1])
+def test_algorithm1_left_line_by_line(small, views):
+    model, optimizers, x, y, _ = small
+    twin = vit.build_model("vit-8-2-3", (3, 8, 8), 3).double()
+    twin.load_state_dict(model.state_dict())
+    draws = [x + 0.1, x - 0.1]
+    got = cff.cff_step(model, optimizers, x, y, lambda x, views=iter(draws): next(views),
+                       [0.4, 0.25, 0.1], 0.15, views)
+    inputs, expected = [twin.patches(view) for view in draws[:views]], []
+    for l, layer in enumerate(twin.layers):
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+        outputs = [layer(view) for view in inputs]
+        f = torch.cat([output.mean(dim=1) for output in outputs])
+        f = f / f.norm(dim=1, keepdim=True)
+        loss = slow_loss(f, y.repeat(views), [0.4, 0.25, 0.1][l], 0.15)
+        loss.backward()
+        optimizer.step()
+        inputs = [output.detach() for output in outputs]            # from before the update
+        expected.append(loss.detach())
+    assert got.shape == (3,) and not got.requires_grad
+    close(got, torch.stack(expected), "the losses of the layers")
+    for name, value in model.state_dict().items():
+        close(value, twin.state_dict()[name], name, 1e-8)
+
+
+def test_algorithm1_is_local(small):
+    model, optimizers, x, y, augment = small
+    for l, optimizer in enumerate(optimizers):
+        step = optimizer.step
+
+        def step_and_look(l=l, step=step):
+            before = [weights(layer) for layer in model.layers]
+            for other, layer in enumerate(model.layers):
+                holds = any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+                assert holds == (other == l), f"loss {l + 1} gave layer {other + 1} a gradient: {holds}"
+            step()
+            for other, layer in enumerate(model.layers):
+                assert same(before[other], weights(layer)) == (other != l), f"update of layer {l + 1} and layer {other + 1}"
+            optimizers[l].zero_grad()                               # so that the next layer's look sees its own gradient
+
+        optimizer.step = step_and_look
+    head = weights(model.head)
+    cff.cff_step(model, optimizers, x, y, augment, [0.4, 0.25, 0.1], 0.15)
+    assert same(head, weights(model.head)) and all(p.grad is None for p in model.head.parameters())
+
+
+def test_algorithm1_next_layer_reads_the_output_from_before_the_update(small):
+    model, optimizers, x, y, _ = small
+    with torch.no_grad():
+        before = model.layers[0](model.patches(x))
+    inputs = []
+    model.layers[1].register_forward_hook(lambda layer, x, h: inputs.append(x[0]))
+    cff.cff_step(model, optimizers, x, y, lambda x: x, [0.4, 0.25, 0.1], 0.15)
+    after = model.layers[0](model.patches(x))
+    assert torch.equal(inputs[0], before) and not torch.allclose(inputs[0], after)
+    assert not inputs[0].requires_grad
+
+
+def test_algorithm1_views_use_different_draws(small):
+    model, optimizers, x, y, augment = small
+    inputs = []
+    model.layers[0].register_forward_hook(lambda layer, x, h: inputs.append(x[0]))
+    cff.cff_step(model, optimizers, x, y, augment, [0.4, 0.25, 0.1], 0.15)
+    assert len(inputs) == 2 and not torch.equal(*inputs)
+
+
+def test_table6_one_view_is_one_forward_pass(small):
+    model, optimizers, x, y, augment = small
+    inputs = []
+    model.layers[0].register_forward_hook(lambda layer, x, h: inputs.append(x[0]))
+    cff.cff_step(model, optimizers, x, y, augment, [0.4, 0.25, 0.1], 0.15, views=1)
+    assert len(inputs) == 1
+
+
+def test_stage_2_moves_the_head_alone(small):
+    model, _, x, y, augment = small
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)      # even an optimizer that could reach every layer
+    layers, head = [weights(layer) for layer in model.layers], weights(model.head)
+    first = [cff.head_step(model, optimizer, x, y, augment) for _ in range(20)]
+    assert all(same(old, weights(layer)) for old, layer in zip(layers, model.layers)) and not same(head, weights(model.head))
+    assert all(p.grad is None for p in model.layers.parameters())
+    assert first[-1] < first[0] and not first[0].requires_grad
+
+
+def test_prediction_is_one_forward_pass(small):
+    model, _, x, y, _ = small
+    h = model.patches(x)
+    for layer in model.layers:
+        h = layer(h)
+    close(cff.predict(model, x), model.head(h.mean(dim=1)), "scores")
+
+
+def test_bp_step_trains_every_layer(small):
+    model, _, x, y, _ = small
+    twin = vit.build_model("vit-8-2-3", (3, 8, 8), 3).double()
+    twin.load_state_dict(model.state_dict())
+    got = cff.bp_step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, lambda x: x)
+    loss = cross_entropy(twin.head(twin.layers[2](twin.layers[1](twin.layers[0](twin.patches(x)))).mean(dim=1)), y)
+    loss.backward()
+    close(got, loss, "cross-entropy")
+    for p, q in zip(model.parameters(), twin.parameters()):
+        close(p, q - 0.1 * q.grad, "one step of SGD")
+
+
+def test_training_by_hand_derived_gradients_follows_autograd(monkeypatch):
+    def run(loss):
+        monkeypatch.setattr(cff, "marginal_contrastive_loss", loss)
+        torch.manual_seed(0)
+        model = vit.build_model("vit-16-2-3", (3, 32, 32), 10, patch_size=8).double()
+        optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.004) for layer in model.layers]
+        images, labels = train.draw_shapes(200, seed=3)
+        augment = train.make_augment("crop", 4, [0.5] * 3, [0.25] * 3, torch.Generator().manual_seed(0))
+        history = [cff.cff_step(model, optimizers, images[rows], labels[rows], lambda x: augment(x).double(), [0.4, 0.25, 0.1],
+                                0.15) for _ in range(5) for rows in torch.arange(200).split(40)]
+        return torch.stack(history), weights(model)
+
+    (autograd, there), (by_hand, here) = run(losses.marginal_contrastive_loss), run(losses.MarginalContrastiveByHand.apply)
+    assert autograd[-1].sum() < autograd[0].sum() - 0.5, "this run would show nothing: it did not learn"
+    close(by_hand, autograd, "the losses of 25 updates", 1e-8)
+    assert all(torch.allclose(here[name], there[name], atol=1e-6) for name in here)
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+def settings_of(*flags, out="no-such-run"):
+    return train.parse([*map(str, flags), "--out", out])[0]
+
+
+def test_split_is_disjoint_and_seeded():
+    images, y = torch.arange(1000)[:, None, None, None], torch.arange(1000) % 10
+    rows = lambda *flags: [part[0].flatten().tolist() for part in train.split(images, y.clone(), settings_of(*flags), 10)]
+    fit, val = rows("--seed", 1)
+    assert (len(fit), len(val)) == (900, 100) and not set(fit) & set(val)
+    assert rows("--seed", 1) == [fit, val] and rows("--seed", 2) != [fit, val]
+    assert rows("--seed", 1, "--limit", 90) == [fit[:90], val[:10]]
+    half = rows("--seed", 1, "--missing", 0.5)
+    assert [len(part) for part in half] == [450, 50] and set(half[0]) < set(fit) and set(half[1]) < set(val)
+    with pytest.raises(ValueError, match="--limit 901: there are 900"):
+        rows("--limit", 901)
+
+
+def test_table4_label_noise_is_exact_wrong_and_uniform():
+    images, y = torch.arange(10000)[:, None, None, None], torch.arange(10000) % 10
+    given = y.clone()
+    for rows, noisy in train.split(images, given, settings_of("--label-noise", 0.4), 10):
+        shift = (noisy - y[rows.flatten()]) % 10
+        counts = torch.bincount(shift, minlength=10)
+        assert counts[0] == round(0.6 * len(noisy)), "exactly 40 % are wrong, in training and in validation data"
+        assert (counts[1:] / counts[1:].sum() - 1 / 9).abs().max() < 5 * (1 / 9 / counts[1:].sum()) ** 0.5
+    assert torch.equal(given, y), "the labels that were passed in stay as they are"
+
+
+def test_mean_and_std_are_those_of_the_pixels():
+    images = torch.randint(256, (20, 3, 5, 5), dtype=torch.uint8)
+    pixels = images.double() / 255
+    mean, std = train.mean_and_std(images)
+    assert mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist())
+    assert std == pytest.approx(pixels.std(dim=(0, 2, 3), correction=0).tolist())
+
+
+def test_shapes_need_more_than_pixels():
+    fit, fit_y = train.draw_shapes(6000, seed=1)
+    test, test_y = train.draw_shapes(1000, seed=2)
+    again, _ = train.draw_shapes(1000, seed=2)
+    assert fit.dtype == torch.uint8 and fit.shape[1:] == (3, 32, 32) and torch.equal(test, again)
+    assert torch.bincount(test_y).tolist() == [100] * 10
+    fit, test = (images.flatten(1).float() / 255 for images in (fit, test))
+    nearest = fit_y[torch.cdist(test, fit).argmin(dim=1)]
+    assert 0.3 < (nearest == test_y).float().mean() < 0.7
+    X, T = (torch.cat([part, torch.ones(len(part), 1)], dim=1).double() for part in (fit, test))
+    W = torch.linalg.solve(X.T @ X + 100 * torch.eye(X.shape[1]).double(), X.T @ one_hot(fit_y).double())
+    assert 0.15 < ((T @ W).argmax(dim=1) == test_y).float().mean() < 0.5
+
+
+def tiny_imagenet(folder, classes=("n02", "n01")):
+    """A made-up folder in the layout of Tiny ImageNet: two images a class, one of them grey; two validation images a class."""
+    root = folder / "tiny-imagenet-200"
+    root.mkdir(parents=True)
+    (root / "wnids.txt").write_text("\n".join(classes) + "\n")
+    lines = []
+    for value, name in enumerate(classes):
+        for part, files in [(root / "train" / name / "images", [f"{name}_0.JPEG", f"{name}_1.JPEG"]),
+                            (root / "val" / "images", [f"val_{value}.JPEG", f"val_{value + 2}.JPEG"])]:
+            part.mkdir(parents=True, exist_ok=True)
+            for channels, file in zip((3, 1), files):
+                image = torch.full((channels, 64, 64), 200 * value, dtype=torch.uint8)
+                to_pil_image(image).save(part / file)
+        lines += [f"val_{value}.JPEG\t{name}\t0\t0\t62\t62", f"val_{value + 2}.JPEG\t{name}\t0\t0\t62\t62"]
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_tiny_imagenets_layout(tmp_path):
+    root = tiny_imagenet(tmp_path)
+    images, y, test_images, test_y = train.load_data("tinyimagenet", tmp_path)
+    assert images.shape == (4, 3, 64, 64) and test_images.shape == (4, 3, 64, 64) and images.dtype == torch.uint8
+    assert y.tolist() == [0, 0, 1, 1] and test_y.tolist() == [1, 1, 0, 0]      # classes in the order of their names
+    assert all((image.float().mean() > 100) == (label == 0) for image, label in zip(images, y))        # n01 is the bright one
+    assert all((image.float().mean() > 100) == (label == 0) for image, label in zip(test_images, test_y))
+    (root / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(OSError, match="tinyimagenet could not be loaded .*: put tiny-imagenet-200.zip into"):
+        train.load_data("tinyimagenet", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- the augmentation
+
+def test_flips_and_crops_are_those_of_each_image():
+    images = torch.randint(1, 256, (200, 3, 8, 8), dtype=torch.uint8)
+    flipped = train.random_flip(images, torch.Generator().manual_seed(0))
+    mirrored = [torch.equal(new, old.flip(2)) for new, old in zip(flipped, images)]
+    assert all(m or torch.equal(new, old) for m, new, old in zip(mirrored, flipped, images)) and 60 < sum(mirrored) < 140
+    cropped, places = train.random_crop(images, 2, torch.Generator().manual_seed(0)), set()
+    for new, old in zip(cropped, pad(images, [2] * 4)):
+        found = [(r, c) for r in range(5) for c in range(5) if torch.equal(new, old[:, r:r + 8, c:c + 8])]
+        assert len(found) == 1, "each image is one window of its own padded image"
+        places.add(found[0])
+    assert len(places) == 25, "every window occurs"
+    again = train.random_crop(images, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(cropped, again), "the same draws give the same crops"
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_randaugment_is_torchvisions_one_image_at_a_time(channels, monkeypatch):
+    images = torch.randint(256, (300, channels, 32, 32), dtype=torch.uint8)
+    space = autoaugment.RandAugment()._augmentation_space(31, (32, 32))
+    table = [(name, sign * float(values[14]) if values.dim() else 0.0) for name, (values, signed) in space.items()
+             for sign in ((-1, 1) if signed else (1,))]
+    results = [[autoaugment._apply_op(image, name, value, autoaugment.InterpolationMode.NEAREST, None)
+                for name, value in table] for image in images]
+    counts = torch.zeros(14)
+    names = list(space)
+    for new, variants in zip(train.rand_augment(images, torch.Generator().manual_seed(0), num_ops=1), results):
+        found = {name for (name, _), variant in zip(table, variants) if (new.int() - variant.int()).abs().max() <= 1}
+        assert found, "none of torchvision's operations, up to a rounding of one grey level, makes this image"
+        for name in found:
+            counts[names.index(name)] += 1 / len(found)
+    assert counts.min() > 5, f"each of the 14 operations is drawn: {dict(zip(names, counts.tolist()))}"
+
+
+def test_augment_normalises_last_and_none_changes_nothing():
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    make = lambda kind, **k: train.make_augment(kind, 4, mean, std, torch.Generator().manual_seed(0), **k)
+    expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    close(make("none")(images), expected, "normalised images", 1e-6)
+    close(make("flip", flip=False)(images), expected, "digits are not flipped", 1e-6)
+    black = -torch.tensor(mean) / torch.tensor(std)                 # a zero of the padding, normalised
+    crops = make("crop")(torch.full((50, 3, 8, 8), 255, dtype=torch.uint8))
+    values = crops[:, 0].unique()
+    close(values, torch.stack([black[0], torch.tensor((1 - 0.5) / 0.2)]), "padding is black before it is normalised", 1e-6)
+    augment = make("crop+randaug")
+    assert not torch.equal(augment(images), augment(images)), "a fresh draw for each call"
+
+
+# ------------------------------------------------------------------------------------------------------- the real thing
+
+SMALL = ["--model", "vit-16-2-2", "--limit", "450", "--epochs", "3", "--head-epochs", "2", "--batch-size", "90"]
+
+
+def run_main(*flags):
+    train.main([str(flag) for flag in flags])
+
+
+def read_log(folder):
+    with open(folder / "log.csv") as file:
+        return [{column: value for column, value in row.items() if column != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_train_and_eval_from_the_command_line(tmp_path):
+    """The commands of the README, small: shapes are learned well above chance, eval.py finds the same accuracy."""
+    out = tmp_path / "run"
+    flags = ["--model", "vit-32-4-2", "--limit", "4500", "--epochs", "12", "--head-epochs", "2", "--out", str(out)]
+    done = subprocess.run([sys.executable, HERE / "train.py", *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result, config = json.loads((out / "result.json").read_text()), json.loads((out / "config.json").read_text())
+    assert result["test_top1"] > 40 and result["test_top10"] == 100 and result["metric"] == "top1"
+    assert config["settings"]["epochs"] == 12 and config["data"]["images"] == [4500, 500, 2000]
+    rows = read_log(out)
+    assert [(row["stage"], row["epoch"]) for row in rows] == [("1", str(e)) for e in range(1, 13)] + [("2", "1"), ("2", "2")]
+    assert float(rows[11]["train_loss_2"]) < float(rows[0]["train_loss_2"]) < math.log(255)
+    assert float(rows[11]["probe"]) > 40 and 0 < float(rows[11]["val_saturated_1"]) < 1
+    again = subprocess.run([sys.executable, HERE / "train.py", *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 2 and "holds a run already" in again.stderr, "a run is not overwritten"
+    shown = subprocess.run([sys.executable, HERE / "eval.py", out], capture_output=True, text=True, cwd=tmp_path)
+    assert shown.returncode == 0 and f"top-1 {result['test_top1']:.2f} %" in shown.stdout, shown.stderr
+
+
+@pytest.mark.parametrize("stage, epoch", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_resume_is_bit_for_bit(tmp_path, monkeypatch, stage, epoch):
+    run_main(*SMALL, "--out", tmp_path / "whole")
+
+    def stop(run, row, epochs):                                     # Ctrl-C before this epoch is written down
+        if (row["stage"], row["epoch"]) == (stage, epoch):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "show_row", stop)
+        with pytest.raises(SystemExit, match="go on with: python train.py --resume --out"):
+            run_main(*SMALL, "--out", tmp_path / "parts")
+    run_main("--resume", "--out", tmp_path / "parts")
+    whole, parts = (torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert same(whole, parts) and read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert same(whole["model"], parts["model"]) and torch.equal(whole["generator"], parts["generator"])
+
+
+def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
+    run_main(*SMALL, "--out", tmp_path / "run", "--lr", "0.03")
+    rows, result = read_log(tmp_path / "run"), json.loads((tmp_path / "run" / "result.json").read_text())
+    for stage, column, best in [("1", "val_loss_2", "best_epoch"), ("2", "val_loss_head", "best_head_epoch")]:
+        losses_by_epoch = [float(row[column]) for row in rows if row["stage"] == stage]
+        assert losses_by_epoch.index(min(losses_by_epoch)) + 1 == result[best]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "vit-16-3-2"], "heads do not divide"), (["--patch-size", "5"], "patches of 5 x 5 do not divide"),
+    (["--model", "resnet"], "a model is named"), (["--limit", "100000"], "there are 9000 training images"),
+    (["--dataset", "cifar11"], "invalid choice"), (["--m0", "3"], "--m0 must lie in 0..2"), (["--epochs", "0"], "--epochs"),
+    (["--temperature", "0"], "--temperature"), (["--resume"], "no run in"), (["--batch", "64"], "unrecognized"),
+])
+def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as ended:
+        run_main(*flags, "--out", tmp_path / "run")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2 and error.startswith("train.py: error:") and words in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dataset, file", [("mnist", "train-images-idx3-ubyte.gz"), ("cifar10", "cifar-10-python.tar.gz"),
+                                           ("cifar100", "cifar-100-python.tar.gz"), ("tinyimagenet", "tiny-imagenet-200.zip")])
+def test_missing_data_say_where_to_put_which_file(tmp_path, monkeypatch, dataset, file):
+    def no_network(*arguments, **options):
+        raise OSError("no network")
+
+    for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
+        monkeypatch.setattr(module, "download_and_extract_archive", no_network)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", no_network)
+    with pytest.raises(OSError, match=f"put .*{file}.* into {tmp_path}.* or use --dataset shapes") as error:
+        train.load_data(dataset, str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_setting_comes_from_what_is_typed_then_the_recipe_then_the_data_set():
+    assert settings_of("--dataset", "cifar10")["padding"] == 12
+    assert settings_of("--dataset", "cifar10", "--recipe", "short")["padding"] == 4
+    assert settings_of("--dataset", "cifar10", "--recipe", "short", "--padding", 7)["padding"] == 7
+    paper = settings_of("--dataset", "cifar10")
+    expected = dict(model="vit-128-4-5", batch_size=512, lr=0.004, head_lr=0.0005, epochs=600, head_epochs=50, temperature=0.15,
+                    m0=0.4, mL=0.1, views=2, augment="crop", pool="mean", schedule="constant", warmup=0, position_std=1.0)
+    assert {name: paper[name] for name in expected} == expected
+    models = {"mnist": "mlp-500-3", "cifar100": "vit-192-6-6", "tinyimagenet": "vit-240-6-7"}
+    assert {dataset: settings_of("--dataset", dataset)["model"] for dataset in models} == models
+
+
+def test_resume_refuses_another_setting(tmp_path, capsys):
+    run_main(*SMALL, "--out", tmp_path / "run")
+    with pytest.raises(SystemExit):
+        train.parse(["--resume", "--out", str(tmp_path / "run"), "--lr", "0.1"])
+    assert "has --lr 0.004" in capsys.readouterr().err
+
+
+def test_collapse_and_nan_are_said_in_words(tmp_path, capsys, monkeypatch):
+    collapsed = lambda f, y, m, tau: 0 * f.sum() + math.log(len(y) - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cff, "marginal_contrastive_loss", collapsed)
+        run_main(*SMALL, "--out", tmp_path / "flat")
+    assert "Layer 1 has collapsed" in capsys.readouterr().out
+    monkeypatch.setattr(cff, "marginal_contrastive_loss", lambda f, y, m, tau: f.sum() * math.nan)
+    with pytest.raises(SystemExit, match="not a number in epoch 1"):
+        run_main(*SMALL, "--out", tmp_path / "nan")
+    assert not (tmp_path / "nan" / "last.pt").exists()
+
+
+def test_a_last_batch_without_positives_is_skipped():
+    settings = {"batch_size": 4, "views": 1}
+    parts = list(train.batches(torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 3]), settings))
+    assert [part.tolist() for part in parts] == [[0, 1, 2, 3]]
+    parts = list(train.batches(torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 3]), settings | {"views": 2}))
+    assert len(parts) == 2
+
+
+def test_learning_rate_rises_and_falls():
+    cosine = lambda step: train.learning_rate(step, 100, {"schedule": "cosine"}, 1.0, 9)
+    assert cosine(0) == pytest.approx(0.1) and cosine(99) < 0.001 and cosine(50) == pytest.approx(0.5)
+    constant = lambda step: train.learning_rate(step, 100, {"schedule": "constant"}, 0.3, 0)
+    assert constant(0) == constant(99) == 0.3
+
+
+def test_probe_is_least_squares_and_the_watch_sees_what_the_loss_sees(small):
+    model, optimizers, x, y, augment = small
+    with train.watch(model) as seen:
+        h = model.layers[0](model.patches(x))
+    assert torch.equal(seen[0][0], h.mean(dim=1)) and not model.layers[0]._forward_hooks
+    f = torch.randn(60, 4)
+    labels = (f @ torch.randn(4, 3)).argmax(dim=1)
+    probe = train.Probe(3)
+    for rows in torch.arange(60).split(25):
+        probe.add(f[rows], labels[rows])
+    X = torch.cat([f, torch.ones(60, 1)], dim=1)
+    expected = (X @ torch.linalg.lstsq(X, one_hot(labels, 3).float()).solution).argmax(dim=1)
+    assert probe.correct(f, labels) == (expected == labels).sum()
+
+
+def test_section_3_5_saturated_share_is_counted_over_all_pairs():
+    f, y, R = mixed_batch(0)
+    assert train.saturated_share(f, y, M).tolist() == [R.sum(), sum(len(sets(y, i)[0]) for i in range(len(y)))]
+
+
+def test_speed_compares_the_three_steps(capsys):
+    table = evaluation.speed("vit-8-2-2", 8, 2)["methods"]
+    assert list(table) == ["BP", "CFF+M, 1 view", "CFF+M, 2 views"] and table["BP"]["ratio"] == 1
+    assert all(row["min"] <= row["seconds"] <= row["max"] for row in table.values())

@@ -1,10 +1,11 @@
 """What a run learned, and what a training step costs.
 
     python eval.py runs/NAME                            top-1, top-5, top-10 accuracy on the test set; the paper's metric
+    python eval.py results/*/ [--markdown]              a row for each run, or for each group of seeds, from its records
     python eval.py --speed                              BP against one-view and two-view CFF+M: time and memory of a step
     python eval.py --speed --model vit-128-4-5 --batch-size 512 --rounds 10
 
-A run's folder holds all that is needed; nothing has to be said again.
+A run's folder holds all that is needed; no setting has to be said again.
 """
 import argparse
 import json
@@ -49,7 +50,40 @@ def evaluate(folder, data_dir=None):
     return top
 
 
-# --------------------------------------------------------------------------------------------------- cost of a step
+# ------------------------------------------------------------------------------------------------------ tables of runs
+
+def spread(values, digits=1):
+    """"53.2", or over several seeds their mean and standard deviation, "53.2 ± 0.4"."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def show_table(folders, markdown=False):
+    """Print a row for each run, runs that differ in their seed alone together; weights are not needed."""
+    groups = {}
+    for folder in map(Path, folders):
+        config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+        settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "out", "data_dir", "device")}
+        groups.setdefault(json.dumps([settings, config["device"]]), []).append((folder.name, config, result))
+    rows = [["Run", "Method", "Model", "Data", "Images", "Epochs", "Seeds", "Validation %", "Test %", "Minutes"]]
+    for runs in groups.values():
+        names, configs, results = zip(*runs)
+        s, seeds = configs[0]["settings"], [config["settings"]["seed"] for config in configs]
+        name = names[0].removesuffix(f"-s{seeds[0]}") if len(runs) > 1 else names[0]
+        rows.append([name, s["algo"], s["model"], s["dataset"], configs[0]["data"]["images"][0],
+                     f"{s['epochs']} + {s['head_epochs']}", ", ".join(map(str, sorted(seeds))),
+                     spread([result["val_top1"] for result in results]),
+                     spread([result["test_" + result["metric"]] for result in results]),
+                     spread([result["seconds"] / 60 for result in results])])
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
+        print("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells))
+        if markdown and number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+# ------------------------------------------------------------------------------------------------------ cost of a step
 
 def make_step(method, name, batch_size, device):
     """A function that trains on one batch of random 32 x 32 images: "BP", "CFF+M, 1 view" or "CFF+M, 2 views"."""
@@ -117,24 +151,27 @@ def speed(name, batch_size, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
+    parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs: one to test it, several for a table")
     parser.add_argument("--data-dir", help="where the data sets are, if not where the run found them")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, also that of one run")
     parser.add_argument("--speed", action="store_true", help="measure training steps on this machine")
     parser.add_argument("--model", default="vit-128-4-5", help="for --speed [vit-128-4-5]")
     parser.add_argument("--batch-size", type=int, default=512, help="for --speed [512]")
     parser.add_argument("--rounds", type=int, default=5, help="for --speed: measured steps of each method [5]")
     parser.add_argument("--json", metavar="FILE", help="for --speed: write the numbers there too")
     args = parser.parse_args()
-    if not args.runs and not args.speed:
-        parser.error("name the folder of a run, or say --speed")
+    if bool(args.runs) == args.speed:
+        parser.error("name the folders of runs, or say --speed")
     try:
-        for folder in args.runs:
-            evaluate(folder, args.data_dir)
         if args.speed:
             record = speed(args.model, args.batch_size, args.rounds)
             if args.json:
                 Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        elif len(args.runs) > 1 or args.markdown:
+            show_table(args.runs, args.markdown)
+        else:
+            evaluate(args.runs[0], args.data_dir)
     except (OSError, ValueError) as reason:
         parser.error(str(reason))
 

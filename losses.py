@@ -131,7 +131,7 @@ def _around(f, y, i, margin, temperature):
 
 
 def grad_anchor(f, y, k, margin, temperature):
-    """dL_k/df_k (E,), Eq. 18: what the anchor's own loss asks of the anchor k; zeros if k has no positive."""
+    """dL_k/df_k (E,), Eq. 18 (A.2 with A.3 put in): the gradient of an anchor's own loss; zeros if k has no positive."""
     s, P, N, R, Rc, Z = _around(f, y, k, margin, temperature)
     if not P.any():
         return torch.zeros_like(f[k])
@@ -143,7 +143,7 @@ def grad_anchor(f, y, k, margin, temperature):
 
 
 def grad_positive(f, y, i, k, margin, temperature):
-    """dL_i/df_k (E,) for k in P(i), Eqs. A.5 and A.6: what the loss of anchor i asks of its positive k.
+    """dL_i/df_k (E,) for k in P(i), Eqs. A.5 and A.6: how the loss of anchor i moves its positive k (A.4 with A.3 put in).
 
     Raises ValueError if k is not in P(i).
     """
@@ -158,7 +158,7 @@ def grad_positive(f, y, i, k, margin, temperature):
 
 
 def grad_negative(f, y, i, k, margin, temperature):
-    """dL_i/df_k (E,) for k in N(i), Eq. A.7: what the loss of anchor i asks of its negative k; zeros if P(i) is empty.
+    """dL_i/df_k (E,) for k in N(i), Eq. A.7: how the loss of anchor i moves its negative k; zeros if P(i) is empty.
 
     Raises ValueError if k is not in N(i).
     """

@@ -260,7 +260,7 @@ def test_a7_gradient_of_a_negative(tau, seed):
             close(losses.grad_negative(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau), f"Eq. A.7, i = {i}, k = {k}")
 
 
-def test_a5_to_a7_refuse_a_row_of_the_wrong_set():
+def test_a5_a6_a7_refuse_a_row_of_the_wrong_set():
     f, y = batch(0)
     P, N = sets(y, 1)
     with pytest.raises(ValueError, match="not a positive"):
@@ -278,7 +278,7 @@ def test_an_anchor_without_positives_has_no_gradient():
 
 @TAU
 @pytest.mark.parametrize("seed", range(4))
-def test_a2_whole_gradient_is_the_sum_of_the_cases(tau, seed):
+def test_whole_gradient_is_the_sum_of_the_cases(tau, seed):
     f, y, R = mixed_batch(seed)
     y[0] = 99
     for k in range(len(y)):

@@ -83,17 +83,28 @@ BY_RECIPE = {"paper": {}, "short": SHORT}
 METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
 
 
+# The lowest and highest value of what a typing error could make senseless; vit.py and losses.py check the rest.
+LIMITS = {
+    "limit": (0, math.inf), "missing": (0, 0.999), "label_noise": (0, 1), "padding": (0, math.inf), "epochs": (1, math.inf),
+    "head_epochs": (1, math.inf), "batch_size": (2, math.inf), "lr": (0, math.inf), "head_lr": (0, math.inf),
+    "weight_decay": (0, math.inf), "warmup": (0, math.inf), "m0": (0, 2), "mL": (0, 2), "temperature": (1e-6, math.inf),
+}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def parse(argv=None):
     """The settings of a command line: (dict, whether to resume). A line that makes no sense ends with exit status 2."""
     parser = argparse.ArgumentParser("train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, meaning) in SETTINGS.items():
-        own = {dataset: changes[name] for dataset, changes in BY_DATASET.items() if name in changes}
-        default_text = ", ".join([f"[{default}", *(f"{dataset}: {value}" for dataset, value in own.items())]) + "]"
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), choices=CHOICES.get(name),
-                            metavar=name.upper(), help=f"{meaning} {default_text}")
+        own = [f"{dataset}: {changes[name]}" for dataset, changes in BY_DATASET.items() if name in changes]
+        parser.add_argument(flag(name), type=type(default), choices=CHOICES.get(name), metavar=name.upper(),
+                            help=f"{meaning} [{', '.join([str(default), *own])}]")
     parser.add_argument("--recipe", choices=BY_RECIPE, help="paper, or short: " +
-                        " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SHORT.items()))
+                        " ".join(f"{flag(name)} {value}" for name, value in SHORT.items()))
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
     typed = vars(parser.parse_args(argv))
     resume, recipe = typed.pop("resume", False), typed.pop("recipe", "paper")
@@ -102,22 +113,20 @@ def parse(argv=None):
         settings.update(changes)
     model = "-".join(re.findall(r"\w+", settings["model"].lower()))
     settings["out"] = settings["out"] or f"runs/{settings['dataset']}-{settings['algo']}-{model}-s{settings['seed']}"
+    for name, (lowest, highest) in LIMITS.items():
+        if not lowest <= settings[name] <= highest:
+            parser.error(f"{flag(name)} must lie in {lowest}..{highest}; got {settings[name]}")
     config = Path(settings["out"]) / "config.json"
     if config.exists() and not resume:
         parser.error(f"{config.parent} holds a run already: go on with it (--resume), or name another folder (--out)")
+    if resume and not config.exists():
+        parser.error(f"there is no run in {config.parent} to resume")
     if resume:
-        if not config.exists():
-            parser.error(f"there is no run in {config.parent} to resume")
-        old = json.loads(config.read_text())["settings"]
-        for name in typed.keys() - {"out", "data_dir", "device"}:
-            if settings[name] != old[name]:
-                parser.error(f"the run in {config.parent} has --{name.replace('_', '-')} {old[name]}; resume it without this flag")
-        settings = {**old, **{name: typed[name] for name in typed if name in ("out", "data_dir", "device")}}
-    for name, lowest, highest in [("limit", 0, math.inf), ("missing", 0, 0.999), ("label_noise", 0, 1), ("padding", 0, math.inf),
-                                  ("epochs", 1, math.inf), ("head_epochs", 1, math.inf), ("batch_size", 2, math.inf),
-                                  ("warmup", 0, math.inf), ("m0", 0, 2), ("mL", 0, 2), ("temperature", 1e-6, math.inf)]:
-        if not lowest <= settings[name] <= highest:
-            parser.error(f"--{name.replace('_', '-')} must lie in {lowest}..{highest}; got {settings[name]}")
+        here = {name: value for name, value in typed.items() if name in ("out", "data_dir", "device")}
+        settings = {**json.loads(config.read_text())["settings"], **here}
+        for name in typed:
+            if settings[name] != typed[name]:
+                parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}; resume it without this flag")
     return settings, resume
 
 
@@ -416,8 +425,8 @@ class Run:
 
     def __init__(self, settings):
         self.settings, self.folder = settings, Path(settings["out"])
-        cuda = settings["device"] == "auto" and torch.cuda.is_available()
-        self.device = torch.device("cuda" if cuda else settings["device"].replace("auto", "cpu"))
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(best if settings["device"] == "auto" else settings["device"])
         train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
         self.classes = int(train_y.max()) + 1
         parts = split(train_x, train_y, settings, self.classes)
@@ -658,17 +667,18 @@ def main(argv=None):
     settings, resume = parse(argv)
     try:
         run = Run(settings)
-        states = run.load() if resume and (run.folder / "last.pt").exists() else None
-        run.start()
-    except (OSError, ValueError, RuntimeError) as reason:
+        optimizer_states = run.load() if resume and (run.folder / "last.pt").exists() else None
+        if not resume:
+            run.start()
+    except (OSError, ValueError, RuntimeError) as reason:       # data, model or device that cannot be
         print(f"train.py: error: {reason}", file=sys.stderr)
         raise SystemExit(2)
     try:
-        result = train(run, states)
+        result = train(run, optimizer_states)
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; go on with: python train.py --resume --out {run.folder}")
     print(f"test accuracy {result['test_top1']} % (top-5 {result['test_top5']} %, top-10 {result['test_top10']} %); "
-          f"more: python eval.py {run.folder}")
+          f"test it again: python eval.py {run.folder}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Contrastive Forward-Forward: Algorithm 1 (left column), the linear head of stage 2, and prediction.
+"""Contrastive Forward-Forward (Fig. 1d, Fig. 3): Algorithm 1 (left column), the linear head of stage 2, and prediction.
 
     x, y        one batch: images (B, C, H, W) and labels (B,)
     x1, x2      its two augmented views, first as patches (B, P, C*p*p), then as a layer's output (B, P, E), detached
-    f1, f2, f   what layer l makes of them, (B, P, E) each and (2B, P, E) together
+    f1, f2, f   what layer l makes of them, (B, P, E) each and (2B, P, E) together; D = C*H*W, #P = P
 
 One call is one batch. Models come from vit.py; `optimizers` holds one optimizer for each layer, so that no update can
 reach another layer.
@@ -35,8 +35,8 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
         f1 = layer(x1)                                              # f1 = layers[l].forward(x1)     (B, #P, E)
         f2 = layer(x2) if two else None                             # f2 = layers[l].forward(x2)     (B, #P, E)
         f = torch.cat([f1, f2]) if two else f1                      # f = cat(f1, f2)                (2B, #P, E)
-        f = normalize(model.pool(f))                                # Eq. 13, then f / norm2(f)      (2B, E)
-        loss = marginal_contrastive_loss(f, y, margins[l], temperature)     # loss = ContrastiveLoss(f / norm2(f), y)
+        f_pooled = normalize(model.pool(f))                         # Eq. 13, f / norm2(f)           (2B, E)
+        loss = marginal_contrastive_loss(f_pooled, y, margins[l], temperature)      # loss = ContrastiveLoss(f / norm2(f), y)
         optimizers[l].zero_grad()
         loss.backward()                                             # loss.backward()
         optimizers[l].step()                                        # optimizers[l].step()
@@ -50,7 +50,7 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
 
 @torch.no_grad()
 def encode(model, images):
-    """What each layer shows its loss, without gradients: images (B, C, H, W) -> a list of L tensors (B, E)."""
+    """The pooled output of each layer, without gradients: images (B, C, H, W) -> a list of L tensors (B, E)."""
     h, pooled = model.patches(images), []
     for layer in model.layers:
         h = layer(h)

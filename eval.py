@@ -10,6 +10,7 @@ A run's folder holds all that is needed; no setting has to be said again.
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -59,7 +60,7 @@ def spread(values, digits=1):
 
 
 def show_table(folders, markdown=False):
-    """Print a row for each run, runs that differ in their seed alone together; weights are not needed."""
+    """Print a row for each run, from its config.json and result.json; runs that differ in the seed alone share a row."""
     groups = {}
     for folder in map(Path, folders):
         config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
@@ -96,14 +97,15 @@ def make_step(method, name, batch_size, device):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0005)
         return lambda: bp_step(model, optimizer, x, y, augment)
     optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.004) for layer in model.layers]
-    layer_margins, views = margins(0.4, 0.1, len(model.layers)), 1 if "1" in method else 2
+    layer_margins, views = margins(0.4, 0.1, len(model.layers)), {"CFF+M, 1 view": 1, "CFF+M, 2 views": 2}[method]
     return lambda: cff_step(model, optimizers, x, y, augment, layer_margins, 0.15, views)
 
 
 def peak_memory(arguments):
     """What two steps need at their peak beyond what was there before, in MB; None where it cannot be measured."""
-    device = arguments[-1]
-    step = make_step(*arguments)
+    method, name, batch_size, device = arguments
+    make_step(method, name, 8, device)()                # a small step first: libraries are loaded, whatever the method
+    step = make_step(method, name, batch_size, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         read = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
@@ -121,10 +123,12 @@ def speed(name, batch_size, rounds):
     """Time the methods in turn, `rounds` times after a warm-up, and print medians and ratios to BP; returns them as a dict.
 
     Ratios are taken within a round and then their median, so that a machine whose speed drifts hurts all alike.
-    Memory is measured in a fresh process for each method.
+    Memory is measured in a fresh process for each method, in which large blocks go back to the system when they are freed:
+    what is left is what the method holds, without what the C library's allocator keeps in reserve.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     methods = ["BP", "CFF+M, 1 view", "CFF+M, 2 views"]
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"                # read by the new processes' glibc
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         memory = dict(zip(methods, pool.map(peak_memory, [(m, name, batch_size, device) for m in methods], chunksize=1)))
     steps = {method: make_step(method, name, batch_size, device) for method in methods}

@@ -8,7 +8,7 @@ Covers Eqs. 3, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.5-A.7 and 
     P(i)            rows of the same class as i, without i;  |P(i)| their number
     N(i)            rows of other classes;  A(i) = P(i) + N(i), every row but i
     R(i)            saturated positives, s_ir > 1 - m;  Rc(i) = P(i) without R(i)
-    tau, m          temperature, margin
+    tau, m          temperature, margin; the paper writes Eqs. 12, 16-18 and A.1-A.7 with tau = 1, here they hold for any tau
 
 Sets are boolean masks: P[i, j] is True where j is in P(i). A loss is the mean over the anchors i that have a positive
 (the paper writes the sum); an anchor with an empty P(i) contributes nothing and is not counted.
@@ -34,10 +34,10 @@ def _check(f, y, temperature, margin=0.0):
 
 
 def _sets(y):
-    """P, N and "self" as (N, N) masks for labels y (N,)."""
+    """P, N and A = P + N as (N, N) masks for labels y (N,)."""
     same_class = y[:, None] == y[None, :]
-    itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
-    return same_class & ~itself, ~same_class, itself
+    A = ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    return same_class & A, ~same_class, A
 
 
 def _Q(s, P, margin):
@@ -65,11 +65,11 @@ def contrastive_loss(f, y, temperature=0.15):
     Raises ValueError if shapes do not fit, temperature <= 0 or no row has a positive.
     """
     _check(f, y, temperature)
-    P, N, itself = _sets(y)
-    s = f @ f.T / temperature                                                           # (N, N)
+    P, N, A = _sets(y)
+    s = f @ f.T                                                                         # (N, N)
     # Eq. 3: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / sum_{a in A(i)} exp(s_ia/tau) )
-    log_ratio = s - s.masked_fill(itself, -math.inf).logsumexp(dim=1, keepdim=True)
-    L = -(log_ratio * P).sum(dim=1) / P.sum(dim=1).clamp(min=1)
+    log_sum_A = (s / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)           # (N,)
+    L = -((s / temperature - log_sum_A[:, None]) * P).sum(dim=1) / P.sum(dim=1).clamp(min=1)
     return _mean_over_anchors(L, P)
 
 
@@ -79,28 +79,31 @@ def inner_contrastive_loss(f, y, temperature=0.15):
     Arguments, result and errors as `contrastive_loss`, which is never smaller (Jensen's inequality).
     """
     _check(f, y, temperature)
-    P, N, itself = _sets(y)
-    s = f @ f.T / temperature                                                           # (N, N)
+    P, N, A = _sets(y)
+    s = f @ f.T                                                                         # (N, N)
     # Eq. 12: L_i = -log( 1/|P(i)| sum_{p in P(i)} exp(s_ip/tau) / sum_{a in A(i)} exp(s_ia/tau) )
-    L = -(-P.sum(dim=1).to(f).log() + s.masked_fill(~P, -math.inf).logsumexp(dim=1)
-          - s.masked_fill(itself, -math.inf).logsumexp(dim=1))
+    log_sum_P = (s / temperature).masked_fill(~P, -math.inf).logsumexp(dim=1)           # (N,)
+    log_sum_A = (s / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)
+    L = -(log_sum_P - P.sum(dim=1).to(f).log() - log_sum_A)
     return _mean_over_anchors(L, P)
 
 
 def marginal_contrastive_loss(f, y, margin, temperature=0.15):
     """Marginal contrastive loss, Eqs. 15-17: f (N, E) normalised, y (N,), margin m in 0..2 -> scalar, the mean over anchors.
 
-    A positive counts as more similar than it is by m, but never as more than 1. At m = 0 it is Eq. 14, that is Eq. 3.
+    A positive counts as more similar than it is by m, but never as more than 1. At m = 0 it is Eq. 14: Eq. 3 with its
+    denominator split into positives and negatives.
     Raises ValueError as `contrastive_loss`, and for a margin outside 0..2.
     """
     _check(f, y, temperature, margin)
-    P, N, itself = _sets(y)
+    P, N, A = _sets(y)
     s = f @ f.T                                                                         # (N, N)
-    # Eq. 15: Q(f_i, f_p) = min(f_i . f_p + m, 1) for positives; negatives keep f_i . f_n
-    Q = _Q(s, P, margin) / temperature
-    # Eq. 17: L_i = -1/|P(i)| sum_{p in P(i)} Q(f_i, f_p)/tau
-    #               + log( sum_{p' in P(i)} exp(Q(f_i, f_p')/tau) + sum_{n in N(i)} exp(s_in/tau) )
-    L = -(Q * P).sum(dim=1) / P.sum(dim=1).clamp(min=1) + Q.masked_fill(itself, -math.inf).logsumexp(dim=1)
+    # Eq. 15: Q(f_i, f_p) = min(f_i . f_p + m, 1); negatives keep f_i . f_n
+    Q = _Q(s, P, margin)
+    # Eq. 17 (A.1): L_i = -1/|P(i)| sum_{p in P(i)} Q(f_i, f_p)/tau
+    #                     + log( sum_{p' in P(i)} exp(Q(f_i, f_p')/tau) + sum_{n in N(i)} exp(s_in/tau) )
+    L = -(Q / temperature * P).sum(dim=1) / P.sum(dim=1).clamp(min=1) \
+        + (Q / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)
     # Eq. 16: L = sum_i L_i, here the mean
     return _mean_over_anchors(L, P)
 
@@ -111,49 +114,52 @@ def saturated(f, y, margin):
     Exactly at s_ij = 1 - m the pair is not saturated. Raises ValueError as `marginal_contrastive_loss`.
     """
     _check(f, y, 1.0, margin)
-    P, N, itself = _sets(y)
-    return P & (f @ f.T + margin > 1)           # s > 1 - m, in the form that rounds as Q does
+    P, N, A = _sets(y)
+    return P & (f @ f.T + margin > 1)           # s > 1 - m, rounded as _Q rounds
 
 
 # --------------------------------------------------------------------- gradients by hand, case by case (Eqs. 18, A.5-A.7)
+#
+# As printed, for reading and testing: exp(1/tau) must be a number, tau > 0.012 in float32. What stands further down has no
+# such limit.
 
 def _around(f, y, i, margin, temperature):
     """What the equations need of anchor i: s_i (N,), the masks P, N, R, Rc (N,) and Z_i."""
     _check(f, y, temperature, margin)
-    P, N, itself = (mask[i] for mask in _sets(y))
+    P, N, A = (mask[i] for mask in _sets(y))
     s = f @ f[i]
-    R = P & (s + margin > 1)
+    R = P & (s + margin > 1)        # Eq. A.3: dQ(f_i, f_r)/df_i = 0 for r in R(i), f_r for r in Rc(i)
     Rc = P & ~R
     # Z_i = |R(i)| exp(1/tau) + sum_{r' in Rc(i)} exp((s_ir' + m)/tau) + sum_{n in N(i)} exp(s_in/tau)
-    Z = R.sum().to(f) * math.exp(1 / temperature) \
+    Z = R.sum() * torch.exp(f.new_tensor(1 / temperature)) \
         + torch.exp((s[Rc] + margin) / temperature).sum() + torch.exp(s[N] / temperature).sum()
     return s, P, N, R, Rc, Z
 
 
 def grad_anchor(f, y, k, margin, temperature):
-    """dL_k/df_k (E,), Eq. 18 (A.2 with A.3 put in): the gradient of an anchor's own loss; zeros if k has no positive."""
+    """dL_k/df_k (E,), Eq. 18: the gradient of an anchor's own loss; zeros if k has no positive."""
     s, P, N, R, Rc, Z = _around(f, y, k, margin, temperature)
     if not P.any():
         return torch.zeros_like(f[k])
-    # Eq. 18: 1/tau [ -1/|P(k)| sum_{r' in Rc(k)} f_r'
-    #                 + ( sum_{r' in Rc(k)} exp((s_kr' + m)/tau) f_r' + sum_{n in N(k)} exp(s_kn/tau) f_n ) / Z_k ]
+    # Eq. A.2 with A.3 is Eq. 18: 1/tau [ -1/|P(k)| sum_{r' in Rc(k)} f_r'
+    #                                     + ( sum_{r' in Rc(k)} exp((s_kr' + m)/tau) f_r' + sum_{n in N(k)} exp(s_kn/tau) f_n ) / Z_k ]
     pull = -f[Rc].sum(dim=0) / P.sum()
     push = (torch.exp((s[Rc] + margin) / temperature) @ f[Rc] + torch.exp(s[N] / temperature) @ f[N]) / Z
     return (pull + push) / temperature
 
 
 def grad_positive(f, y, i, k, margin, temperature):
-    """dL_i/df_k (E,) for k in P(i), Eqs. A.5 and A.6: how the loss of anchor i moves its positive k (A.4 with A.3 put in).
+    """dL_i/df_k (E,) for k in P(i), Eqs. A.5 and A.6: how the loss of anchor i moves its positive k.
 
     Raises ValueError if k is not in P(i).
     """
     s, P, N, R, Rc, Z = _around(f, y, i, margin, temperature)
     if not P[k]:
         raise ValueError(f"row {k} is not a positive of row {i}")
-    # Eq. A.5, k in R(i): 0, a saturated pair moves nothing
+    # Eq. A.4 with A.3 is Eq. A.5, k in R(i): 0, a saturated pair moves nothing
     if R[k]:
         return torch.zeros_like(f[k])
-    # Eq. A.6, k in Rc(i): 1/tau [ -1/|P(i)| f_i + exp((s_ik + m)/tau) / Z_i f_i ]
+    # or Eq. A.6, k in Rc(i): 1/tau [ -1/|P(i)| f_i + exp((s_ik + m)/tau) / Z_i f_i ]
     return (-f[i] / P.sum() + torch.exp((s[k] + margin) / temperature) / Z * f[i]) / temperature
 
 
@@ -167,7 +173,7 @@ def grad_negative(f, y, i, k, margin, temperature):
         raise ValueError(f"row {k} is not a negative of row {i}")
     if not P.any():
         return torch.zeros_like(f[k])
-    # Eq. A.7, k in N(i): 1/tau [ exp(s_ik/tau) / Z_i ] f_i
+    # Eq. A.7, k in N(i): 1/tau [ exp(s_ik/tau) / Z_i ] f_i         (all of Z belongs to the anchor i)
     return torch.exp(s[k] / temperature) / Z * f[i] / temperature
 
 
@@ -180,13 +186,13 @@ def marginal_contrastive_grad(f, y, margin, temperature):
     row k of D F is Eq. 18 and row k of D^T F sums A.5-A.7 over the anchors i. Arguments and errors as the loss.
     """
     _check(f, y, temperature, margin)
-    P, N, itself = _sets(y)
-    R = saturated(f, y, margin)
+    P, N, A = _sets(y)
     s = f @ f.T                                                                         # (N, N)
-    Q = _Q(s, P, margin) / temperature
+    R = P & (s + margin > 1)
     # D_ij = 1/tau [ -1/|P(i)| (only for j in P(i)) + exp(Q_ij/tau) / Z_i ]; zero for j in R(i), for j = i, for empty P(i)
-    D = Q.masked_fill(itself, -math.inf).softmax(dim=1) - P.to(f) / P.sum(dim=1, keepdim=True).clamp(min=1)
-    D = D.masked_fill(R | itself | ~P.any(dim=1, keepdim=True), 0) / temperature
+    D = (_Q(s, P, margin) / temperature).masked_fill(~A, -math.inf).softmax(dim=1)
+    D = (D - P.to(f) / P.sum(dim=1, keepdim=True).clamp(min=1)) / temperature
+    D = D.masked_fill(R | ~A | ~P.any(dim=1, keepdim=True), 0)
     return (D + D.T) @ f
 
 
@@ -195,7 +201,8 @@ class MarginalContrastiveByHand(torch.autograd.Function):
 
         loss = MarginalContrastiveByHand.apply(f, y, margin, temperature)
 
-    Training with it follows training with autograd: what the paper derives in A.1 is all a layer needs.
+    Autograd takes over at dL/df, for the normalisation, the pooling and the layer's weights. Training a ViT with it follows
+    training without it.
     """
 
     @staticmethod
@@ -207,7 +214,7 @@ class MarginalContrastiveByHand(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         f, y = ctx.saved_tensors
-        P, N, itself = _sets(y)
+        P, N, A = _sets(y)
         grad = marginal_contrastive_grad(f, y, ctx.margin, ctx.temperature) / P.any(dim=1).sum()
         return grad_output * grad, None, None, None
 

@@ -731,7 +731,7 @@ def test_train_and_eval_from_the_command_line(tmp_path):
 def test_resume_is_bit_for_bit(tmp_path, monkeypatch, stage, epoch):
     run_main(*SMALL, "--out", tmp_path / "whole")
 
-    def stop(run, row, epochs):                                     # Ctrl-C before this epoch is written down
+    def stop(row, epochs):                                     # Ctrl-C before this epoch is written down
         if (row["stage"], row["epoch"]) == (stage, epoch):
             raise KeyboardInterrupt
 

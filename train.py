@@ -79,11 +79,11 @@ BY_DATASET = {
     "cifar100": dict(model="vit-192-6-6"),
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
-BY_RECIPE = {"paper": {}, "short": SHORT}
+RECIPES = {"short": SHORT}
 METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
 
 
-# The lowest and highest value of what a typing error could make senseless; vit.py and losses.py check the rest.
+# Ranges that catch typing errors; vit.py and losses.py check the rest.
 LIMITS = {
     "limit": (0, math.inf), "missing": (0, 0.999), "label_noise": (0, 1), "padding": (0, math.inf), "epochs": (1, math.inf),
     "head_epochs": (1, math.inf), "batch_size": (2, math.inf), "lr": (0, math.inf), "head_lr": (0, math.inf),
@@ -103,14 +103,14 @@ def parse(argv=None):
         own = [f"{dataset}: {changes[name]}" for dataset, changes in BY_DATASET.items() if name in changes]
         parser.add_argument(flag(name), type=type(default), choices=CHOICES.get(name), metavar=name.upper(),
                             help=f"{meaning} [{', '.join([str(default), *own])}]")
-    parser.add_argument("--recipe", choices=BY_RECIPE, help="paper, or short: " +
+    parser.add_argument("--recipe", choices=RECIPES, help="short, for short runs, stands for " +
                         " ".join(f"{flag(name)} {value}" for name, value in SHORT.items()))
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
     typed = vars(parser.parse_args(argv))
-    resume, recipe = typed.pop("resume", False), typed.pop("recipe", "paper")
-    settings = {name: default for name, (default, _) in SETTINGS.items()}
-    for changes in (BY_DATASET[typed.get("dataset", "shapes")], BY_RECIPE[recipe], typed):
-        settings.update(changes)
+    resume = typed.pop("resume", False)
+    typed = {**RECIPES.get(typed.pop("recipe", None), {}), **typed}
+    defaults = {name: default for name, (default, _) in SETTINGS.items()}
+    settings = {**defaults, **BY_DATASET[typed.get("dataset", defaults["dataset"])], **typed}
     model = "-".join(re.findall(r"\w+", settings["model"].lower()))
     settings["out"] = settings["out"] or f"runs/{settings['dataset']}-{settings['algo']}-{model}-s{settings['seed']}"
     for name, (lowest, highest) in LIMITS.items():
@@ -198,8 +198,8 @@ def draw_shapes(n, seed):
 def _draw_some(n, generator):
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
 
-    def rand(low, high, channels=1):                # a number for each image, or for each of its channels
-        return low + (high - low) * torch.rand(n, *[channels][:channels > 1], 1, 1, generator=generator)
+    def rand(low, high, *channels):                 # a random number for each image, or for each of its channels
+        return low + (high - low) * torch.rand(n, *channels, 1, 1, generator=generator)
 
     def place(low, high, reach=1):                  # the pixels in the coordinates of an object of random place, turn, size
         radius, turn = rand(low, high), rand(0, 2 * math.pi)
@@ -353,7 +353,7 @@ def make_augment(kind, padding, mean, std, generator, flip=True):
 
 @contextmanager
 def watch(model):
-    """Yield L lists that collect what each layer shows its loss, (B, E) a forward pass, while others call the layers."""
+    """Yield L lists that collect the pooled output (B, E) of each layer at each forward pass made within."""
     seen = [[] for _ in model.layers]
     hooks = [layer.register_forward_hook(lambda _, x, h, outputs=outputs: outputs.append(model.pool(h.detach())))
              for layer, outputs in zip(model.layers, seen)]
@@ -458,7 +458,7 @@ class Run:
         write(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
 
     def save(self, optimizers, best):
-        """Write log.csv and last.pt, and best.pt if this epoch was the best; a file is whole or not there."""
+        """Write best.pt, if this epoch was the best, last.pt and log.csv, each replaced in one step."""
         if best:
             content = {"model": self.model.state_dict(), "settings": self.settings, "data": self.facts}
             write(self.folder / "best.pt", lambda path: torch.save(content, path))
@@ -560,6 +560,7 @@ def head_epoch(run, optimizers, updates):
 def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
     """All epochs of a stage that are still to do, each with its row in the log and its checkpoint."""
     state, (images, y), settings = run.state, run.train, run.settings
+    show_start(run, stage)
     steps = math.ceil(len(y) / settings["batch_size"])
 
     def updates():                                          # the batches of one epoch, each with its learning rate
@@ -580,7 +581,8 @@ def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
         if best:
             state["best"], state["best_epoch"] = val_loss, state["epoch"]
         state["log"].append(row)
-        show_row(run, row, epochs)
+        show_row(row, epochs)
+        check_losses(run, row)
         run.save(optimizers, best)
 
 
@@ -592,7 +594,6 @@ def train(run, optimizer_states=None):
         optimizers = [adamw(layer, settings["lr"]) for layer in model.layers]
         for optimizer, old in zip(optimizers, optimizer_states or []):
             optimizer.load_state_dict(old)
-        show_start(run)
         train_stage(run, 1, optimizers, encoder_epoch, settings["epochs"], settings["lr"], settings["warmup"])
         best = torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)
         model.load_state_dict(best["model"])
@@ -622,34 +623,42 @@ def collapse_value(n, settings):
     return sum(size * math.log(max(2, settings["views"] * size - 1)) for size in sizes) / n
 
 
-def show_start(run):
-    s, (train, val, test) = run.settings, run.facts["images"]
-    print(f"{s['algo']} with {s['model']} on {s['dataset']}: {train} training, {val} validation, {test} test images, "
-          f"seed {s['seed']}, {run.device}; run folder {run.folder}")
-    print("Stage 1, the encoder: training loss of each layer | share of saturated pairs |R|/|P| of first and last layer | "
-          "validation loss of the last layer | accuracy of a linear probe on it")
+def check_losses(run, row):
+    """End the run if a loss of this epoch's row is not a number; say so if after three epochs a layer has learned nothing."""
+    bad = [column for column, value in row.items() if "loss" in column and not math.isfinite(value)]
+    if bad:
+        raise SystemExit(f"train.py: {', '.join(bad)} is not a number in epoch {row['epoch']}; a smaller --lr may help")
+    if row["stage"] == 1 and row["epoch"] == 3:
+        value = collapse_value(len(run.train[1]), run.settings)
+        for l in range(1, len(run.model.layers) + 1):
+            if abs(row[f"train_loss_{l}"] - value) < 0.01:
+                print(f"Layer {l} has collapsed: its loss {row[f'train_loss_{l}']:.3f} is that of equal outputs for all images, "
+                      f"ln(rows - 1) = {value:.3f}. A smaller --lr or --position-std, or a --warmup, may help.")
 
 
-def show_row(run, row, epochs):
-    """One line an epoch; says in words what has gone wrong, and ends the run if a loss is not a number."""
-    losses = {column: value for column, value in row.items() if "loss" in column}
-    train = [value for column, value in losses.items() if column.startswith("train_loss")]
-    text = f"{row['epoch']:4d}/{epochs}  " + " ".join(f"{value:6.3f}" for value in train)
+def show_start(run, stage):
+    """What the run is, and what the columns of this stage's rows mean."""
+    s, (train_n, val_n, test_n) = run.settings, run.facts["images"]
+    if stage == 1:
+        print(f"{s['algo']} with {s['model']} on {s['dataset']}: {train_n} training, {val_n} validation, {test_n} test images, "
+              f"seed {s['seed']}, {run.device}; run folder {run.folder}\n"
+              "Stage 1, the encoder: training loss of each layer | share of saturated pairs |R|/|P| in the first and the last "
+              "layer | validation loss of the last layer | validation accuracy of a linear probe on it")
+    else:
+        print("Stage 2, the linear head: training cross-entropy | validation cross-entropy")
+
+
+def show_row(row, epochs):
+    """One line an epoch."""
+    train_losses = [value for column, value in row.items() if column.startswith("train_loss")]
+    text = f"{row['epoch']:4d}/{epochs}  " + " ".join(f"{value:6.3f}" for value in train_losses)
     if row["stage"] == 1:
-        L = len(train)
+        L = len(train_losses)
         text += f" | {row['train_saturated_1']:5.1%} {row[f'train_saturated_{L}']:5.1%} | {row[f'val_loss_{L}']:6.3f}" \
                 f" | {row['probe']:5.1f} %"
     else:
         text += f" | {row['val_loss_head']:6.3f}"
     print(f"\r{text}  {row['seconds']:6.1f} s", flush=True)
-    if not all(map(math.isfinite, losses.values())):
-        names = ", ".join(column for column, value in losses.items() if not math.isfinite(value))
-        raise SystemExit(f"train.py: {names} is not a number in epoch {row['epoch']}; a smaller --lr may help")
-    value = collapse_value(len(run.train[1]), run.settings)
-    for l, loss in enumerate(train if row["stage"] == 1 and row["epoch"] == 3 else [], start=1):
-        if abs(loss - value) < 0.01:
-            print(f"Layer {l} has collapsed: its loss {loss:.3f} is that of equal outputs for all images, ln(rows - 1) = "
-                  f"{value:.3f}. A smaller --lr or --position-std, or a --warmup, may help.")
 
 
 def show_progress(run, stage, step, steps, epochs, seconds):
@@ -657,7 +666,8 @@ def show_progress(run, stage, step, steps, epochs, seconds):
     left = seconds / step * (steps * (epochs - run.state["epoch"]) - step)
     if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu" and left > 1800:
         print(f"This will take about {left / 3600:.0f} hours on this CPU. A shorter run: python train.py --dataset "
-              f"{run.settings['dataset']} --algo {run.settings['algo']} --model vit-64-4-4 --limit 10000 --recipe short")
+              f"{run.settings['dataset']} --algo {run.settings['algo']} --model vit-64-4-4 --recipe short --limit "
+              f"{min(10000, len(run.train[1]))}")
     if sys.stdout.isatty():
         print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "
               f"{left / 60:.0f} min left ", end="", flush=True)

@@ -7,7 +7,7 @@ A model is a list of local layers, each trained by its own loss; data flows thro
 
     h = model.patches(images)              # (B, P, C*p*p)
     for layer in model.layers:
-        h = layer(h)                       # (B, P, E)      model.pool(h) (B, E) is what a loss sees, Eq. 13
+        h = layer(h)                       # (B, P, E)      model.pool(h), (B, E), is normalised for the loss, Eq. 13
     scores = model.head(model.pool(h))     # (B, classes)
 
     >>> model = build_model("ViT[128 4 5]", image_shape=(3, 32, 32), num_classes=10)
@@ -32,7 +32,7 @@ def patchify(images, patch_size):
 # ------------------------------------------------------------------------------------------------- the encoder layer
 
 class Attention(nn.Module):
-    """Multi-head self-attention, MSA of Section 3.4: (B, P, E) -> (B, P, E). ValueError if H does not divide E."""
+    """Multi-head self-attention, MSA of Section 3.4: (B, P, E) -> (B, P, E). Raises ValueError if H does not divide E."""
 
     def __init__(self, embed_dim, num_heads):
         super().__init__()
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         B, P, E = x.shape
         H, d = self.num_heads, E // self.num_heads
         qkv = self.qkv(x).view(B, P, 3, H, d).permute(2, 0, 3, 1, 4)
-        if x.is_cuda:
+        if x.is_cuda:                   # on a CPU, with 64 tokens, two plain matrix products are faster than the fused call
             h = F.scaled_dot_product_attention(*qkv)                                    # (B, H, P, d), one fused call
         else:
             q, k, v = qkv.reshape(3, B * H, P, d)
@@ -58,7 +58,7 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """One pre-norm encoder layer of Section 3.4, without dropout: (B, P, E) -> (B, P, E).
 
-    Equal to torch.nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0, activation="gelu", norm_first=True).
+    Equal to torch.nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0, activation="gelu", norm_first=True, batch_first=True).
     """
 
     def __init__(self, embed_dim, num_heads):
@@ -117,7 +117,7 @@ class ViT(nn.Module):
         return patchify(images, self.patch_size)
 
     def pool(self, h):
-        """What losses and the head see of a layer's output: (B, P, E) -> (B, E). Eq. 13: f_i = 1/P sum_j f_ij."""
+        """A layer's output, one vector an image: (B, P, E) -> (B, E). Eq. 13: f_i = 1/P sum_j f_ij."""
         return h.mean(dim=1) if self.pooling == "mean" else h[:, 0]
 
 

@@ -85,6 +85,11 @@ def bp_step(model, optimizer, x, y, augment):
 # ------------------------------------------------------------------------------------------------------------ prediction
 
 @torch.no_grad()
-def predict(model, images):
-    """Scores (B, classes) of images (B, C, H, W), by one forward pass; the largest wins (Section 3.3, Prediction phase)."""
+def predict(model, images, algo):
+    """Scores (B, classes) of images (B, C, H, W), the largest wins: one forward pass for "cff", "cffm" and "bp" (Section 3.3).
+
+    Raises ValueError for another algo.
+    """
+    if algo not in ("cff", "cffm", "bp"):
+        raise ValueError(f"algo must be cff, cffm or bp; got {algo!r}")
     return model.head(encode(model, images)[-1])

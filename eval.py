@@ -43,7 +43,7 @@ def evaluate(folder, data_dir=None):
     _, _, images, y = load_data(settings["dataset"], data_dir or settings["data_dir"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     normalise = make_augment("none", 0, facts["mean"], facts["std"], torch.Generator(device))
-    top = accuracy(model.to(device), images.to(device), y.to(device), normalise)
+    top = accuracy(model.to(device), images.to(device), y.to(device), normalise, settings["algo"])
     print(f"{folder}: {settings['algo']} with {settings['model']} on {settings['dataset']}, {len(y)} test images")
     print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
     k = int(METRIC[settings["dataset"]].removeprefix("top"))
@@ -146,7 +146,7 @@ def speed(name, batch_size, rounds):
         ratio = statistics.median(t / bp for t, bp in zip(times, seconds["BP"][1:]))
         table[method] = {"seconds": statistics.median(times), "min": min(times), "max": max(times), "ratio": ratio}
         text = f"{method:16}{statistics.median(times):8.3f}{min(times):9.3f}-{max(times):.3f}{ratio:9.2f}"
-        if memory[method]:
+        if memory["BP"]:
             table[method].update(megabytes=memory[method], memory_ratio=memory[method] / memory["BP"])
             text += f"{memory[method]:10.0f}{memory[method] / memory['BP']:8.2f}"
         print(text)
@@ -176,8 +176,8 @@ def main():
             show_table(args.runs, args.markdown)
         else:
             evaluate(args.runs[0], args.data_dir)
-    except (OSError, ValueError) as reason:
-        parser.error(str(reason))
+    except (OSError, ValueError, RuntimeError, EOFError) as reason:       # no run, a damaged one, no data, senseless sizes
+        parser.error(str(reason).splitlines()[0])
 
 
 if __name__ == "__main__":

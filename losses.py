@@ -49,12 +49,12 @@ def _Q(s, P, margin):
     return Q.masked_fill(P & (Q > 1), 1)
 
 
-def _mean_over_anchors(L, P):
-    """The mean of L_i (N,) over the anchors with a positive; ValueError if there is none."""
+def _anchors(P):
+    """The rows that have a positive, (N,) bool; ValueError if there is none."""
     anchors = P.any(dim=1)
     if not anchors.any():
         raise ValueError("no row has a positive: every class occurs once in this batch; use two views or larger batches")
-    return L[anchors].mean()
+    return anchors
 
 
 # -------------------------------------------------------------------------------------------- losses (Eqs. 3, 12, 14-17)
@@ -70,7 +70,7 @@ def contrastive_loss(f, y, temperature=0.15):
     # Eq. 3: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / sum_{a in A(i)} exp(s_ia/tau) )
     log_sum_A = (s / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)           # (N,)
     L = -((s / temperature - log_sum_A[:, None]) * P).sum(dim=1) / P.sum(dim=1).clamp(min=1)
-    return _mean_over_anchors(L, P)
+    return L[_anchors(P)].mean()
 
 
 def inner_contrastive_loss(f, y, temperature=0.15):
@@ -85,7 +85,7 @@ def inner_contrastive_loss(f, y, temperature=0.15):
     log_sum_P = (s / temperature).masked_fill(~P, -math.inf).logsumexp(dim=1)           # (N,)
     log_sum_A = (s / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)
     L = -(log_sum_P - P.sum(dim=1).to(f).log() - log_sum_A)
-    return _mean_over_anchors(L, P)
+    return L[_anchors(P)].mean()
 
 
 def marginal_contrastive_loss(f, y, margin, temperature=0.15):
@@ -105,7 +105,7 @@ def marginal_contrastive_loss(f, y, margin, temperature=0.15):
     L = -(Q / temperature * P).sum(dim=1) / P.sum(dim=1).clamp(min=1) \
         + (Q / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)
     # Eq. 16: L = sum_i L_i, here the mean
-    return _mean_over_anchors(L, P)
+    return L[_anchors(P)].mean()
 
 
 def saturated(f, y, margin):
@@ -192,7 +192,7 @@ def marginal_contrastive_grad(f, y, margin, temperature):
     # D_ij = 1/tau [ -1/|P(i)| (only for j in P(i)) + exp(Q_ij/tau) / Z_i ]; zero for j in R(i), for j = i, for empty P(i)
     D = (_Q(s, P, margin) / temperature).masked_fill(~A, -math.inf).softmax(dim=1)
     D = (D - P.to(f) / P.sum(dim=1, keepdim=True).clamp(min=1)) / temperature
-    D = D.masked_fill(R | ~A | ~P.any(dim=1, keepdim=True), 0)
+    D = D.masked_fill(R | ~A | ~_anchors(P)[:, None], 0)
     return (D + D.T) @ f
 
 

@@ -8,6 +8,7 @@ Each loss stands beside a slow, obvious twin in float64; each gradient beside au
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -400,13 +401,13 @@ def test_model_names_and_shapes():
     for name in ("ViT[8 2 3]", "vit-8-2-3"):
         model = vit.build_model(name, (3, 8, 8), 10)
         assert isinstance(model, vit.ViT) and len(model.layers) == 3
-        assert cff.predict(model, torch.randn(2, 3, 8, 8)).shape == (2, 10)
+        assert cff.predict(model, torch.randn(2, 3, 8, 8), "cffm").shape == (2, 10)
     for name in ("MLP[16 2]", "mlp-16-2"):
         model = vit.build_model(name, (1, 28, 28), 10)
         assert isinstance(model, vit.MLP) and [tuple(layer[0].weight.shape) for layer in model.layers] == [(16, 784), (16, 16)]
         assert (model.layers[0](torch.randn(4, 784)) >= 0).all()    # linear + ReLU
-        assert cff.predict(model, torch.randn(2, 1, 28, 28)).shape == (2, 10)
-    for name in ("vit-128-4", "cnn-3-3", "ViT[128 4 0]", "mlp-8-2-2", "ViT[128 4 5", "", "vit"):
+        assert cff.predict(model, torch.randn(2, 1, 28, 28), "cffm").shape == (2, 10)
+    for name in ("vit-128-4", "cnn-3-3", "ViT[128 4 0]", "mlp-8-2-2", "ViT[128 4 5", "vit-128--4-5", "vit-128-4-5-", "", "vit"):
         with pytest.raises(ValueError, match="a model is named"):
             vit.build_model(name, (3, 8, 8), 10)
 
@@ -529,7 +530,7 @@ def test_prediction_is_one_forward_pass(small):
     h = model.patches(x)
     for layer in model.layers:
         h = layer(h)
-    close(cff.predict(model, x), model.head(h.mean(dim=1)), "scores")
+    close(cff.predict(model, x, "cff"), model.head(h.mean(dim=1)), "scores")
 
 
 def test_bp_step_trains_every_layer(small):
@@ -696,7 +697,7 @@ def test_augment_normalises_last_and_none_changes_nothing():
 
 # ------------------------------------------------------------------------------------------------------- the real thing
 
-SMALL = ["--model", "vit-16-2-2", "--limit", "450", "--epochs", "3", "--head-epochs", "2", "--batch-size", "90"]
+SMALL = ["--device", "cpu", "--model", "vit-16-2-2", "--limit", "450", "--epochs", "3", "--head-epochs", "2", "--batch-size", "90"]
 
 
 def run_main(*flags):
@@ -746,12 +747,44 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch, stage, epoch):
     assert same(whole["model"], parts["model"]) and torch.equal(whole["generator"], parts["generator"])
 
 
-def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
-    run_main(*SMALL, "--out", tmp_path / "run", "--lr", "0.03")
-    rows, result = read_log(tmp_path / "run"), json.loads((tmp_path / "run" / "result.json").read_text())
-    for stage, column, best in [("1", "val_loss_2", "best_epoch"), ("2", "val_loss_head", "best_head_epoch")]:
-        losses_by_epoch = [float(row[column]) for row in rows if row["stage"] == stage]
-        assert losses_by_epoch.index(min(losses_by_epoch)) + 1 == result[best]
+def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, monkeypatch):
+    """Weights are replaced by the epoch's number, validation losses are 3, 1, 2 in stage 1 and 2, 1 in stage 2."""
+    seen = []
+
+    def epoch_of(val_losses, part):
+        def epoch(run, optimizers, updates):
+            number, module = run.state["epoch"], part(run.model)
+            seen.append([p.detach().flatten()[0].item() for p in (run.model.layers[1][0].weight, run.model.head[1].bias)])
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.fill_(number + 1)
+            return {"train_loss_1": 1.0, "train_loss_2": 1.0, "val_loss_2": val_losses[number], "val_loss_head": 0.0, "probe": 0.0,
+                    "train_saturated_1": 0.0, "train_saturated_2": 0.0}, val_losses[number]
+        return epoch
+
+    monkeypatch.setattr(train, "encoder_epoch", epoch_of([3.0, 1.0, 2.0], lambda model: model.layers))
+    monkeypatch.setattr(train, "head_epoch", epoch_of([2.0, 1.0], lambda model: model.head))
+    run_main(*SMALL, "--model", "mlp-8-2", "--out", tmp_path / "run")
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    assert (best["layers.1.0.weight"] == 2).all() and (best["head.1.weight"] == 2).all()
+    assert seen[3][0] == 2, "stage 2 starts from the encoder's best weights"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["best_epoch"], result["best_head_epoch"]) == (2, 2)
+
+
+def test_a_run_trains_with_its_own_settings():
+    run = train.Run(settings_of("--model", "vit-16-2-3", "--limit", 450, "--device", "cpu"))
+    assert run.margins == pytest.approx([0.4, 0.25, 0.1])
+    assert train.Run(settings_of("--model", "vit-16-2-3", "--algo", "cff", "--limit", 450)).margins == [0.0, 0.0, 0.0]
+    images, y = run.train
+    assert run.facts["mean"] == pytest.approx((images.double() / 255).mean(dim=(0, 2, 3)).tolist())
+    assert run.facts["images"] == [len(y), len(run.val[1]), len(run.test[1])] == [450, 50, 2000]
+    assert not torch.equal(run.augment(images[:9]), run.augment(images[:9]))
+    assert torch.equal(run.normalise(images[:9]), run.normalise(images[:9]))
+    for draw in range(2):
+        run.val_generator.manual_seed(0)
+        views = run.val_augment(images[:9]) if draw == 0 else views
+        assert draw == 0 or torch.equal(views, run.val_augment(images[:9]))
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -759,6 +792,7 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path):
     (["--model", "resnet"], "a model is named"), (["--limit", "100000"], "there are 9000 training images"),
     (["--dataset", "cifar11"], "invalid choice"), (["--m0", "3"], "--m0 must lie in 0..2"), (["--epochs", "0"], "--epochs"),
     (["--temperature", "0"], "--temperature"), (["--resume"], "no run in"), (["--batch", "64"], "unrecognized"),
+    (["--views", "1", "--limit", "1"], "two images of a class"), (["--padding", "33"], "more than the image's side"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as ended:
@@ -777,7 +811,7 @@ def test_missing_data_say_where_to_put_which_file(tmp_path, monkeypatch, dataset
     for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
         monkeypatch.setattr(module, "download_and_extract_archive", no_network)
     monkeypatch.setattr(torchvision.datasets.utils, "download_url", no_network)
-    with pytest.raises(OSError, match=f"put .*{file}.* into {tmp_path}.* or use --dataset shapes") as error:
+    with pytest.raises(OSError, match=f"put .*{file}.* into {re.escape(str(tmp_path))}.* or use --dataset shapes") as error:
         train.load_data(dataset, str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -799,6 +833,34 @@ def test_resume_refuses_another_setting(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.parse(["--resume", "--out", str(tmp_path / "run"), "--lr", "0.1"])
     assert "has --lr 0.004" in capsys.readouterr().err
+    before = (tmp_path / "run" / "log.csv").read_text()
+    (tmp_path / "run" / "last.pt").unlink()                         # as the records in results/ are kept
+    with pytest.raises(SystemExit) as ended:
+        run_main("--resume", "--out", tmp_path / "run")
+    assert ended.value.code == 2 and "last.pt, which --resume needs" in capsys.readouterr().err
+    assert (tmp_path / "run" / "log.csv").read_text() == before
+
+
+@pytest.mark.parametrize("stop_at", range(8))
+def test_a_crash_between_two_files_loses_nothing(tmp_path, monkeypatch, stop_at):
+    """Stop at each of the files that the last epoch of stage 1 and the first of stage 2 write."""
+    flags = [*SMALL, "--epochs", "1", "--head-epochs", "1", "--limit", "180"]
+    run_main(*flags, "--out", tmp_path / "whole")
+    write, written = train.write, []
+
+    def write_and_stop(path, fill):
+        if len(written) == stop_at + 1:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, fill)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write", write_and_stop)
+        with pytest.raises(SystemExit, match="go on with"):
+            run_main(*flags, "--out", tmp_path / "parts")
+    run_main("--resume", "--out", tmp_path / "parts")
+    whole, parts = (torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert same(whole, parts) and read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
 
 
 def test_collapse_and_nan_are_said_in_words(tmp_path, capsys, monkeypatch):
@@ -817,7 +879,7 @@ def test_a_last_batch_without_positives_is_skipped():
     settings = {"batch_size": 4, "views": 1}
     parts = list(train.batches(torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 3]), settings))
     assert [part.tolist() for part in parts] == [[0, 1, 2, 3]]
-    parts = list(train.batches(torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 3]), settings | {"views": 2}))
+    parts = list(train.batches(torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 3]), settings | dict(views=2)))
     assert len(parts) == 2
 
 

@@ -61,19 +61,20 @@ SETTINGS = {
     "mL": (0.1, "margin of the last layer"),
     "decay": ("linear", "margins between them: linear, parabolic, cosine or exponential"),
     "seed": (0, "of the validation split, the weights and every draw"),
-    "device": ("auto", "auto, cpu or cuda"),
+    "device": ("auto", "cpu, cuda, or auto: cuda if there is one"),
     "out": ("", "folder of the run; runs/DATASET-ALGO-MODEL-sSEED if not given"),
 }
 CHOICES = {
     "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"), "algo": ("cff", "cffm"),
     "augment": ("none", "flip", "crop", "crop+randaug"), "pool": ("mean", "token"), "views": (1, 2),
-    "schedule": ("constant", "cosine"), "decay": ("linear", "parabolic", "cosine", "exponential"),
+    "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"), "decay": ("linear", "parabolic", "cosine", "exponential"),
 }
-# Settings found for runs of some 600 updates (README, "Short runs").
-SHORT = dict(epochs=30, head_epochs=10, position_std=0.02, padding=4, warmup=20, schedule="cosine", head_lr=0.005)
+# Settings found for runs of a few thousand updates (README, "Short runs").
+SHORT = dict(epochs=30, head_epochs=10, batch_size=128, position_std=0.02, padding=4, warmup=80, schedule="cosine",
+             head_lr=0.005)
 # What differs from SETTINGS: by data set, then by recipe; what is typed comes last.
 BY_DATASET = {
-    "shapes": dict(SHORT, model="vit-64-4-3", patch_size=8, epochs=36, head_epochs=4, batch_size=128),
+    "shapes": dict(SHORT, model="vit-64-4-3", patch_size=8, epochs=36, head_epochs=4),
     "mnist": dict(model="mlp-500-3", augment="none"),
     "cifar10": dict(padding=12),
     "cifar100": dict(model="vit-192-6-6"),
@@ -108,9 +109,9 @@ def parse(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume", False)
-    typed = {**RECIPES.get(typed.pop("recipe", None), {}), **typed}
+    recipe = RECIPES.get(typed.pop("recipe", None), {})
     defaults = {name: default for name, (default, _) in SETTINGS.items()}
-    settings = {**defaults, **BY_DATASET[typed.get("dataset", defaults["dataset"])], **typed}
+    settings = {**defaults, **BY_DATASET[typed.get("dataset", defaults["dataset"])], **recipe, **typed}
     model = "-".join(re.findall(r"\w+", settings["model"].lower()))
     settings["out"] = settings["out"] or f"runs/{settings['dataset']}-{settings['algo']}-{model}-s{settings['seed']}"
     for name, (lowest, highest) in LIMITS.items():
@@ -121,9 +122,11 @@ def parse(argv=None):
         parser.error(f"{config.parent} holds a run already: go on with it (--resume), or name another folder (--out)")
     if resume and not config.exists():
         parser.error(f"there is no run in {config.parent} to resume")
+    if resume and recipe:
+        parser.error("--resume takes the run's own settings; leave --recipe out")
     if resume:
-        here = {name: value for name, value in typed.items() if name in ("out", "data_dir", "device")}
-        settings = {**json.loads(config.read_text())["settings"], **here}
+        settings = {**defaults, **json.loads(config.read_text())["settings"], "out": str(config.parent)}
+        settings["data_dir"] = typed.get("data_dir", settings["data_dir"])
         for name in typed:
             if settings[name] != typed[name]:
                 parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}; resume it without this flag")
@@ -156,7 +159,8 @@ def load_data(dataset, folder):
         return parts
     except Exception as reason:         # no network, a torn file, another layout: all mean that the data are not there
         reason = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-        raise OSError(f"{dataset} could not be loaded ({reason}): put {place}, or use --dataset shapes, which needs no files")
+        raise OSError(f"{dataset} could not be loaded ({reason}): put {place} and remove what is broken there, or use "
+                      "--dataset shapes, which needs no files")
 
 
 def load_tiny_imagenet(folder):
@@ -357,9 +361,11 @@ def watch(model):
     seen = [[] for _ in model.layers]
     hooks = [layer.register_forward_hook(lambda _, x, h, outputs=outputs: outputs.append(model.pool(h.detach())))
              for layer, outputs in zip(model.layers, seen)]
-    yield seen
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Probe:
@@ -386,9 +392,9 @@ def saturated_share(f, y, margin):
 
 
 def batches(order, y, settings):
-    """Cut rows `order` into batches, without a last one in which no image has a positive (possible with one view)."""
+    """Cut rows `order` into batches, leaving out those in which no image has a positive: with one view, a small last one."""
     for rows in order.split(settings["batch_size"]):
-        if settings["views"] == 2 or len(rows) == settings["batch_size"] or len(y[rows].unique()) < len(rows):
+        if settings["views"] == 2 or len(y[rows].unique()) < len(rows):
             yield rows
 
 
@@ -409,11 +415,11 @@ def validate_encoder(model, images, y, augment, settings, layer_margins, probe):
 
 
 @torch.no_grad()
-def accuracy(model, images, y, normalise):
+def accuracy(model, images, y, normalise, algo):
     """Top-1, top-5 and top-10 accuracy in % on images as they are, without augmentation: {1: ..., 5: ..., 10: ...}."""
     correct = 0
     for rows in torch.arange(len(y), device=y.device).split(1000):
-        best = predict(model, normalise(images[rows])).topk(10).indices                # (B, 10), best first
+        best = predict(model, normalise(images[rows]), algo).topk(10).indices                # (B, 10), best first
         correct += (best == y[rows, None]).cumsum(dim=1).sum(dim=0)
     return {k: round(100 * correct[k - 1].item() / len(y), 2) for k in (1, 5, 10)}
 
@@ -427,9 +433,15 @@ class Run:
         self.settings, self.folder = settings, Path(settings["out"])
         best = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(best if settings["device"] == "auto" else settings["device"])
+        if self.device.type == "cuda" and best == "cpu":
+            raise ValueError("--device cuda: torch finds no CUDA device here")
         train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
         self.classes = int(train_y.max()) + 1
         parts = split(train_x, train_y, settings, self.classes)
+        if settings["views"] == 1 and any(len(y.unique()) == len(y) for _, y in parts):
+            raise ValueError("with --views 1, training and validation data need two images of a class")
+        if settings["padding"] > train_x.shape[-1]:
+            raise ValueError(f"--padding {settings['padding']} is more than the image's side, {train_x.shape[-1]}")
         self.train, self.val, self.test = (tuple(t.to(self.device) for t in part) for part in [*parts, (test_x, test_y)])
         mean, std = mean_and_std(parts[0][0])
         self.facts = {"image_shape": list(train_x.shape[1:]), "num_classes": self.classes, "mean": mean, "std": std,
@@ -444,8 +456,8 @@ class Run:
         self.augment = make(settings["augment"], self.generator)
         self.val_augment = make(settings["augment"], self.val_generator)
         self.normalise = make("none", self.generator)
-        m0, mL = (settings["m0"], settings["mL"]) if settings["algo"] == "cffm" else (0.0, 0.0)
-        self.margins = margins(m0, mL, len(self.model.layers), settings["decay"])
+        L = len(self.model.layers)
+        self.margins = margins(settings["m0"], settings["mL"], L, settings["decay"]) if settings["algo"] == "cffm" else [0.0] * L
         self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0, "encoder_epoch": 0, "log": []}
 
     def start(self):
@@ -458,12 +470,12 @@ class Run:
         write(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
 
     def save(self, optimizers, best):
-        """Write best.pt, if this epoch was the best, last.pt and log.csv, each replaced in one step."""
+        """Write best.pt, if this epoch was the best, then last.pt and log.csv, each replaced in one step."""
         if best:
             content = {"model": self.model.state_dict(), "settings": self.settings, "data": self.facts}
             write(self.folder / "best.pt", lambda path: torch.save(content, path))
         checkpoint = {**self.state, "model": self.model.state_dict(), "generator": self.generator.get_state(),
-                      "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+                      "optimizers": [optimizer.state_dict() for optimizer in optimizers], "device": self.device.type}
         write(self.folder / "last.pt", lambda path: torch.save(checkpoint, path))
         write(self.folder / "log.csv", self.write_log)
 
@@ -475,11 +487,23 @@ class Run:
             table.writerows(self.state["log"])
 
     def load(self):
-        """Take up the last finished epoch; returns the states of the optimizers."""
-        checkpoint = torch.load(self.folder / "last.pt", map_location=self.device, weights_only=True)
+        """Take up the last finished epoch; returns the states of the optimizers, none if no epoch was finished.
+
+        Raises OSError if the checkpoint is missing though epochs were finished, or damaged; ValueError on another device.
+        """
+        path = self.folder / "last.pt"
+        if not path.exists() and not (self.folder / "log.csv").exists():
+            return []
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as reason:
+            raise OSError(f"{path}, which --resume needs, cannot be read ({type(reason).__name__})")
+        if checkpoint["device"] != self.device.type:
+            raise ValueError(f"this run's random state is of {checkpoint['device']}; it cannot go on on {self.device.type}")
         self.model.load_state_dict(checkpoint["model"])
-        self.generator.set_state(checkpoint["generator"].cpu())
+        self.generator.set_state(checkpoint["generator"])
         self.state = {key: checkpoint[key] for key in self.state}
+        write(self.folder / "log.csv", self.write_log)              # a stop may have come between last.pt and log.csv
         return checkpoint["optimizers"]
 
 
@@ -552,7 +576,8 @@ def head_epoch(run, optimizers, updates):
     images, y = run.val
     run.val_generator.manual_seed(run.settings["seed"])
     for rows in torch.arange(len(y), device=run.device).split(run.settings["batch_size"]):
-        val_loss += cross_entropy(predict(run.model, run.val_augment(images[rows])), y[rows], reduction="sum")
+        val_loss += cross_entropy(predict(run.model, run.val_augment(images[rows]), run.settings["algo"]), y[rows],
+                                  reduction="sum")
     row = {"train_loss_head": round((loss / n).item(), 6), "val_loss_head": round((val_loss / len(y)).item(), 6)}
     return row, row["val_loss_head"]
 
@@ -586,21 +611,21 @@ def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
         run.save(optimizers, best)
 
 
-def train(run, optimizer_states=None):
+def train(run, optimizer_states=()):
     """Both stages and the test, from the start or from where `run` stands; writes and returns the result."""
     settings, state, model = run.settings, run.state, run.model
     adamw = lambda module, rate: torch.optim.AdamW(module.parameters(), rate, weight_decay=settings["weight_decay"])
     if state["stage"] == 1:
         optimizers = [adamw(layer, settings["lr"]) for layer in model.layers]
-        for optimizer, old in zip(optimizers, optimizer_states or []):
+        for optimizer, old in zip(optimizers, optimizer_states):
             optimizer.load_state_dict(old)
         train_stage(run, 1, optimizers, encoder_epoch, settings["epochs"], settings["lr"], settings["warmup"])
         best = torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)
         model.load_state_dict(best["model"])
         state.update(stage=2, epoch=0, best=math.inf, encoder_epoch=state["best_epoch"])
-        optimizer_states = None
+        optimizer_states = []
     optimizers = [adamw(model.head, settings["head_lr"])]
-    for optimizer, old in zip(optimizers, optimizer_states or []):
+    for optimizer, old in zip(optimizers, optimizer_states):
         optimizer.load_state_dict(old)
     if state["epoch"] == 0:
         run.save(optimizers, best=False)                    # the start of stage 2, should it stop before its first epoch
@@ -608,8 +633,8 @@ def train(run, optimizer_states=None):
     best = torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)
     model.load_state_dict(best["model"])
     seconds = sum(row["seconds"] for row in state["log"])
-    result = {**{f"test_top{k}": value for k, value in accuracy(model, *run.test, run.normalise).items()},
-              "val_top1": accuracy(model, *run.val, run.normalise)[1], "metric": METRIC[settings["dataset"]],
+    result = {**{f"test_top{k}": value for k, value in accuracy(model, *run.test, run.normalise, settings["algo"]).items()},
+              "val_top1": accuracy(model, *run.val, run.normalise, settings["algo"])[1], "metric": METRIC[settings["dataset"]],
               "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"], "seconds": round(seconds, 1)}
     write(run.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return result
@@ -627,7 +652,7 @@ def check_losses(run, row):
     """End the run if a loss of this epoch's row is not a number; say so if after three epochs a layer has learned nothing."""
     bad = [column for column, value in row.items() if "loss" in column and not math.isfinite(value)]
     if bad:
-        raise SystemExit(f"train.py: {', '.join(bad)} is not a number in epoch {row['epoch']}; a smaller --lr may help")
+        raise SystemExit(f"train.py: {', '.join(bad)} is not a number in epoch {row['epoch']}; a smaller --lr, with another --out, may help")
     if row["stage"] == 1 and row["epoch"] == 3:
         value = collapse_value(len(run.train[1]), run.settings)
         for l in range(1, len(run.model.layers) + 1):
@@ -658,31 +683,33 @@ def show_row(row, epochs):
                 f" | {row['probe']:5.1f} %"
     else:
         text += f" | {row['val_loss_head']:6.3f}"
-    print(f"\r{text}  {row['seconds']:6.1f} s", flush=True)
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+    print(f"{clear}{text}  {row['seconds']:6.1f} s", flush=True)
 
 
 def show_progress(run, stage, step, steps, epochs, seconds):
     """A live line on a terminal; once, early in a run that will take long on a CPU, what it will take and what to do."""
     left = seconds / step * (steps * (epochs - run.state["epoch"]) - step)
     if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu" and left > 1800:
-        print(f"This will take about {left / 3600:.0f} hours on this CPU. A shorter run: python train.py --dataset "
-              f"{run.settings['dataset']} --algo {run.settings['algo']} --model vit-64-4-4 --recipe short --limit "
-              f"{min(10000, len(run.train[1]))}")
+        print(f"Stage 1 will take about {left / 3600:.0f} hours on this CPU. A shorter run: the same command with --model vit-64-4-4 "
+              f"--limit {min(10000, len(run.train[1]))} --recipe short --out runs/short")
     if sys.stdout.isatty():
         print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "
               f"{left / 60:.0f} min left ", end="", flush=True)
 
 
 def main(argv=None):
-    settings, resume = parse(argv)
     try:
+        settings, resume = parse(argv)
         run = Run(settings)
-        optimizer_states = run.load() if resume and (run.folder / "last.pt").exists() else None
+        optimizer_states = run.load() if resume else []
         if not resume:
             run.start()
-    except (OSError, ValueError, RuntimeError) as reason:       # data, model or device that cannot be
-        print(f"train.py: error: {reason}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError) as reason:       # data, model, folder or device that cannot be
+        print(f"train.py: error: {str(reason).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(2)
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped before the first update")
     try:
         result = train(run, optimizer_states)
     except KeyboardInterrupt:

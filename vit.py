@@ -145,9 +145,9 @@ def build_model(name, image_shape, num_classes, patch_size=4, pool="mean", posit
     image_shape (C, H, W). patch_size, pool and position_std matter to a ViT alone. Raises ValueError for another name,
     and as `ViT` does.
     """
-    match = re.fullmatch(r"(vit|mlp)(-[1-9][\d-]*|\[[1-9][\d ]*\])", name.lower())
+    match = re.fullmatch(r"(vit|mlp)((?:-[1-9]\d*)+|\[[1-9]\d*(?: [1-9]\d*)+\])", name.lower())
     kind, sizes = (match[1], [int(size) for size in re.findall(r"\d+", match[2])]) if match else ("", [])
-    if (kind, len(sizes)) not in (("vit", 3), ("mlp", 2)) or 0 in sizes:
+    if (kind, len(sizes)) not in (("vit", 3), ("mlp", 2)):
         raise ValueError(f'a model is named "ViT[E H L]" or "vit-E-H-L", "MLP[E L]" or "mlp-E-L"; got {name!r}')
     if kind == "mlp":
         return MLP(image_shape, num_classes, *sizes)

@@ -120,9 +120,9 @@ def peak_memory(arguments):
 
 
 def speed(name, batch_size, rounds):
-    """Time the methods in turn, `rounds` times after a warm-up, and print medians and ratios to BP; returns them as a dict.
+    """Time the methods in turn, `rounds` times after a warm-up; returns the record that `show_speed` prints.
 
-    Ratios are taken within a round and then their median, so that a machine whose speed drifts hurts all alike.
+    Ratios to BP are taken within a round and then their median, so that a machine whose speed drifts hurts all alike.
     Memory is measured in a fresh process for each method, in which large blocks go back to the system when they are freed:
     what is left is what the method holds, without what the C library's allocator keeps in reserve.
     """
@@ -136,22 +136,27 @@ def speed(name, batch_size, rounds):
     for _ in range(rounds + 1):
         for method, step in steps.items():
             start = time.perf_counter()
-            step().sum().item()                         # waits for a GPU to finish
+            step().sum().item()                                     # waits for a GPU to finish
             seconds[method].append(time.perf_counter() - start)
-    print(f"One training step of {name}, batch {batch_size}, on {describe_device(device)}: median of {rounds}, (min-max)")
-    print(f"{'':16}{'seconds':>8}{'(min-max)':>16}{'/ BP':>8}{'peak MB':>10}{'/ BP':>8}")
     table = {}
     for method in methods:
         times = seconds[method][1:]
-        ratio = statistics.median(t / bp for t, bp in zip(times, seconds["BP"][1:]))
-        table[method] = {"seconds": statistics.median(times), "min": min(times), "max": max(times), "ratio": ratio}
-        text = f"{method:16}{statistics.median(times):8.3f}{min(times):9.3f}-{max(times):.3f}{ratio:9.2f}"
+        table[method] = {"seconds": statistics.median(times), "min": min(times), "max": max(times),
+                         "ratio": statistics.median(t / bp for t, bp in zip(times, seconds["BP"][1:]))}
         if memory["BP"]:
             table[method].update(megabytes=memory[method], memory_ratio=memory[method] / memory["BP"])
-            text += f"{memory[method]:10.0f}{memory[method] / memory['BP']:8.2f}"
-        print(text)
     return {"command": "python " + " ".join(sys.argv), "device": describe_device(device), "torch": torch.__version__,
             "model": name, "batch_size": batch_size, "rounds": rounds, "methods": table}
+
+
+def show_speed(record):
+    """Print a record of `speed` as a Markdown table."""
+    print(f"A training step of {record['model']}, batch {record['batch_size']}, on {record['device']}, torch {record['torch']}; "
+          f"medians of {record['rounds']} rounds:\n")
+    print("| Method | Seconds (least-most) | / BP | Peak memory, MB | / BP |\n|---|---|---|---|---|")
+    for method, row in record["methods"].items():
+        memory = f"{row['megabytes']:.0f} | {row['memory_ratio']:.2f}" if "megabytes" in row else "- | -"
+        print(f"| {method} | {row['seconds']:.2f} ({row['min']:.2f}-{row['max']:.2f}) | {row['ratio']:.2f} | {memory} |")
 
 
 def main():
@@ -170,6 +175,7 @@ def main():
     try:
         if args.speed:
             record = speed(args.model, args.batch_size, args.rounds)
+            show_speed(record)
             if args.json:
                 Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
         elif len(args.runs) > 1 or args.markdown:

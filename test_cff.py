@@ -910,7 +910,18 @@ def test_section_3_5_saturated_share_is_counted_over_all_pairs():
     assert train.saturated_share(f, y, M).tolist() == [R.sum(), sum(len(sets(y, i)[0]) for i in range(len(y)))]
 
 
-def test_speed_compares_the_three_steps(capsys):
+def test_speed_compares_the_three_steps():
     table = evaluation.speed("vit-8-2-2", 8, 2)["methods"]
     assert list(table) == ["BP", "CFF+M, 1 view", "CFF+M, 2 views"] and table["BP"]["ratio"] == 1
     assert all(row["min"] <= row["seconds"] <= row["max"] for row in table.values())
+
+
+def test_the_readmes_numbers_are_the_records(capsys):
+    """Each line of what eval.py prints of the records in results/ stands in the README."""
+    readme = (HERE / "README.md").read_text()
+    folders = sorted(path.parent for path in (HERE / "results").glob("*/result.json"))
+    assert folders
+    evaluation.show_table(folders, markdown=True)
+    evaluation.show_speed(json.loads((HERE / "results" / "speed.json").read_text()))
+    for line in capsys.readouterr().out.splitlines():
+        assert line in readme, f"not in the README: {line}"

@@ -70,8 +70,8 @@ CHOICES = {
     "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"), "decay": ("linear", "parabolic", "cosine", "exponential"),
 }
 # Settings found for runs of a few thousand updates (README, "Short runs").
-SHORT = dict(epochs=30, head_epochs=10, batch_size=128, position_std=0.02, padding=4, warmup=80, schedule="cosine",
-             head_lr=0.005)
+SHORT = dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, position_std=0.02, padding=4, warmup=80,
+             schedule="cosine", head_lr=0.005)
 # What differs from SETTINGS: by data set, then by recipe; what is typed comes last.
 BY_DATASET = {
     "shapes": dict(SHORT, model="vit-64-4-3", patch_size=8, epochs=36, head_epochs=4),

@@ -695,7 +695,7 @@ def show_progress(run, stage, step, steps, epochs, seconds):
               f"--limit {min(10000, len(run.train[1]))} --recipe short --out runs/short")
     if sys.stdout.isatty():
         print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "
-              f"{left / 60:.0f} min left ", end="", flush=True)
+              f"{left // 60:.0f}:{left % 60:02.0f} left in this stage ", end="", flush=True)
 
 
 def main(argv=None):

@@ -11,6 +11,7 @@ import math
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -640,9 +641,21 @@ def test_tiny_imagenets_layout(tmp_path):
     assert y.tolist() == [0, 0, 1, 1] and test_y.tolist() == [1, 1, 0, 0]      # classes in the order of their names
     assert all((image.float().mean() > 100) == (label == 0) for image, label in zip(images, y))        # n01 is the bright one
     assert all((image.float().mean() > 100) == (label == 0) for image, label in zip(test_images, test_y))
-    (root / "val" / "val_annotations.txt").unlink()
+    (root / "val" / "val_annotations.txt").unlink()                 # a torn copy
     with pytest.raises(OSError, match="tinyimagenet could not be loaded .*: put tiny-imagenet-200.zip into"):
         train.load_data("tinyimagenet", tmp_path)
+
+
+def test_tiny_imagenets_archive_is_unpacked_into_its_folder_alone(tmp_path, monkeypatch):
+    made = tiny_imagenet(tmp_path / "made")
+    (tmp_path / "data").mkdir()
+    with zipfile.ZipFile(tmp_path / "data" / "tiny-imagenet-200.zip", "w") as archive:
+        for path in made.rglob("*"):
+            archive.write(path, path.relative_to(tmp_path / "made"))
+        archive.writestr("../../outside.txt", "not here")
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", lambda *arguments, **options: None)
+    images, *_ = train.load_data("tinyimagenet", tmp_path / "data")
+    assert len(images) == 4 and not list(tmp_path.glob("outside.txt"))
 
 
 # ----------------------------------------------------------------------------------------------------- the augmentation
@@ -726,6 +739,13 @@ def test_train_and_eval_from_the_command_line(tmp_path):
     assert again.returncode == 2 and "holds a run already" in again.stderr, "a run is not overwritten"
     shown = subprocess.run([sys.executable, HERE / "eval.py", out], capture_output=True, text=True, cwd=tmp_path)
     assert shown.returncode == 0 and f"top-1 {result['test_top1']:.2f} %" in shown.stdout, shown.stderr
+
+
+def test_eval_of_a_folder_without_weights_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        evaluation.main()
+    assert ended.value.code == 2 and "best.pt" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("stage, epoch", [(1, 1), (1, 2), (2, 1), (2, 2)])
@@ -873,6 +893,14 @@ def test_collapse_and_nan_are_said_in_words(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="not a number in epoch 1"):
         run_main(*SMALL, "--out", tmp_path / "nan")
     assert not (tmp_path / "nan" / "last.pt").exists()
+
+
+def test_a_long_run_on_a_cpu_is_announced(tmp_path, capsys, monkeypatch):
+    run = train.Run(settings_of(*SMALL, "--epochs", 600))
+    train.show_progress(run, 1, 3, 5, 600, 0.03)
+    assert "hours" not in capsys.readouterr().out
+    train.show_progress(run, 1, 3, 5, 600, 30.0)                    # 10 s an update, 3,000 updates
+    assert "about 8.3 hours" in capsys.readouterr().out
 
 
 def test_a_last_batch_without_positives_is_skipped():

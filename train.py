@@ -170,8 +170,8 @@ def load_tiny_imagenet(folder):
         torchvision.datasets.utils.download_url("http://cs231n.stanford.edu/tiny-imagenet-200.zip", folder,
                                                 md5="90528d7ca1a48142e341f4ef8d21d0de")
         with zipfile.ZipFile(folder / "tiny-imagenet-200.zip") as archive:
-            archive.extractall(folder / "unpacking")        # names with .. or a leading / stay inside the folder
-        (folder / "unpacking" / "tiny-imagenet-200").rename(root)
+            archive.extractall(folder / "unpacking")        # names with .. or a leading / stay inside that folder
+        (folder / "unpacking" / "tiny-imagenet-200").rename(root)       # whole, or not there
     classes = sorted((root / "wnids.txt").read_text().split())
     train = [(path, label) for label, name in enumerate(classes)
              for path in sorted((root / "train" / name / "images").glob("*.JPEG"))]
@@ -689,10 +689,14 @@ def show_row(row, epochs):
 
 def show_progress(run, stage, step, steps, epochs, seconds):
     """A live line on a terminal; once, early in a run that will take long on a CPU, what it will take and what to do."""
+    settings = run.settings
     left = seconds / step * (steps * (epochs - run.state["epoch"]) - step)
-    if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu" and left > 1800:
-        print(f"Stage 1 will take about {left / 3600:.0f} hours on this CPU. A shorter run: the same command with --model vit-64-4-4 "
-              f"--limit {min(10000, len(run.train[1]))} --recipe short --out runs/short")
+    if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu":
+        # an update of stage 2 is one forward pass, one of stage 1 a forward and a backward pass (twice the work) of each view
+        total = left + seconds / step * steps * settings["head_epochs"] / (3 * settings["views"])
+        if total > 1800:
+            print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with --model "
+                  f"vit-64-4-4 --limit {min(10000, len(run.train[1]))} --recipe short --out runs/short")
     if sys.stdout.isatty():
         print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "
               f"{left // 60:.0f}:{left % 60:02.0f} left in this stage ", end="", flush=True)

@@ -741,6 +741,18 @@ def test_train_and_eval_from_the_command_line(tmp_path):
     assert shown.returncode == 0 and f"top-1 {result['test_top1']:.2f} %" in shown.stdout, shown.stderr
 
 
+@pytest.mark.parametrize("flags", [
+    ["--algo", "cff"], ["--views", "1"], ["--pool", "token"], ["--augment", "crop+randaug"], ["--model", "MLP[16 2]"],
+    ["--missing", "0.5", "--label-noise", "0.2"], ["--recipe", "short", "--batch-size", "64"],
+], ids=" ".join)
+def test_settings_of_the_tables_train_and_test(tmp_path, flags):
+    out = tmp_path / "run"
+    run_main(*SMALL, "--limit", 225, "--epochs", 1, "--head-epochs", 1, "--patch-size", 16, *flags, "--out", out)
+    rows, result = read_log(out), json.loads((out / "result.json").read_text())
+    assert [row["stage"] for row in rows] == ["1", "2"] and all(float(rows[0][f"val_loss_{l}"]) > 0 for l in (1, 2))
+    assert evaluation.evaluate(out) == {k: result[f"test_top{k}"] for k in (1, 5, 10)}
+
+
 def test_eval_of_a_folder_without_weights_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:

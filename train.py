@@ -419,7 +419,7 @@ def accuracy(model, images, y, normalise, algo):
     """Top-1, top-5 and top-10 accuracy in % on images as they are, without augmentation: {1: ..., 5: ..., 10: ...}."""
     correct = 0
     for rows in torch.arange(len(y), device=y.device).split(1000):
-        best = predict(model, normalise(images[rows]), algo).topk(10).indices                # (B, 10), best first
+        best = predict(model, normalise(images[rows]), algo).topk(10).indices          # (B, 10), best first
         correct += (best == y[rows, None]).cumsum(dim=1).sum(dim=0)
     return {k: round(100 * correct[k - 1].item() / len(y), 2) for k in (1, 5, 10)}
 
@@ -560,10 +560,11 @@ def encoder_epoch(run, optimizers, updates):
             for outputs in seen:
                 outputs.clear()
     run.val_generator.manual_seed(settings["seed"])                                    # the same views every epoch
-    val_loss, val_share, accuracy = validate_encoder(run.model, *run.val, run.val_augment, settings, run.margins, probe)
+    val_loss, val_share, probe_accuracy = validate_encoder(run.model, *run.val, run.val_augment, settings, run.margins,
+                                                           probe)
     row = {**by_layer("train_loss", loss / n), **by_layer("val_loss", val_loss),
            **by_layer("train_saturated", share[:, 0] / share[:, 1]), **by_layer("val_saturated", val_share),
-           "probe": round(accuracy, 2)}
+           "probe": round(probe_accuracy, 2)}
     return row, val_loss[-1].item()
 
 
@@ -590,7 +591,8 @@ def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
 
     def updates():                                          # the batches of one epoch, each with its learning rate
         order = torch.randperm(len(y), device=run.device, generator=run.generator)
-        for i, rows in enumerate(batches(order, y, settings)):
+        parts = batches(order, y, settings) if stage == 1 else order.split(settings["batch_size"])
+        for i, rows in enumerate(parts):
             rate = learning_rate(state["epoch"] * steps + i, epochs * steps, settings, base_rate, warmup)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate
@@ -652,7 +654,8 @@ def check_losses(run, row):
     """End the run if a loss of this epoch's row is not a number; say so if after three epochs a layer has learned nothing."""
     bad = [column for column, value in row.items() if "loss" in column and not math.isfinite(value)]
     if bad:
-        raise SystemExit(f"train.py: {', '.join(bad)} is not a number in epoch {row['epoch']}; a smaller --lr, with another --out, may help")
+        raise SystemExit(f"train.py: {', '.join(bad)} is not a number in epoch {row['epoch']}; a smaller --lr, with another "
+                         "--out, may help")
     if row["stage"] == 1 and row["epoch"] == 3:
         value = collapse_value(len(run.train[1]), run.settings)
         for l in range(1, len(run.model.layers) + 1):

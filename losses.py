@@ -1,6 +1,6 @@
 """The losses of Contrastive Forward-Forward, and their gradients derived by hand.
 
-Covers Eqs. 3, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.5-A.7 and the margins of Fig. 4a.
+Covers Eqs. 3, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.1-A.7 and the margins of Fig. 4a.
 
     f      (N, E)   representations, one L2-normalised row for each image view; f = cat(f1, f2), N = 2B with two views
     y      (N,)     their classes; y = cat(y, y) with two views
@@ -70,7 +70,7 @@ def contrastive_loss(f, y, temperature=0.15):
     # Eq. 3: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / sum_{a in A(i)} exp(s_ia/tau) )
     log_sum_A = (s / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)           # (N,)
     L = -((s / temperature - log_sum_A[:, None]) * P).sum(dim=1) / P.sum(dim=1).clamp(min=1)
-    return L[_anchors(P)].mean()
+    return L[_anchors(P)].mean()                                                        # L = sum_i L_i, here the mean
 
 
 def inner_contrastive_loss(f, y, temperature=0.15):
@@ -85,11 +85,11 @@ def inner_contrastive_loss(f, y, temperature=0.15):
     log_sum_P = (s / temperature).masked_fill(~P, -math.inf).logsumexp(dim=1)           # (N,)
     log_sum_A = (s / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)
     L = -(log_sum_P - P.sum(dim=1).to(f).log() - log_sum_A)
-    return L[_anchors(P)].mean()
+    return L[_anchors(P)].mean()                                                        # L = sum_i L_i, here the mean
 
 
 def marginal_contrastive_loss(f, y, margin, temperature=0.15):
-    """Marginal contrastive loss, Eqs. 15-17: f (N, E) normalised, y (N,), margin m in 0..2 -> scalar, the mean over anchors.
+    """Marginal contrastive loss, Eqs. 14-17: f (N, E) normalised, y (N,), margin m in 0..2 -> scalar, the mean over anchors.
 
     A positive counts as more similar than it is by m, but never as more than 1. At m = 0 it is Eq. 14: Eq. 3 with its
     denominator split into positives and negatives.
@@ -98,14 +98,14 @@ def marginal_contrastive_loss(f, y, margin, temperature=0.15):
     _check(f, y, temperature, margin)
     P, N, A = _sets(y)
     s = f @ f.T                                                                         # (N, N)
+    # Eq. 14: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(Q(f_i, f_p)/tau) / Z_i ),
+    #         Z_i = sum_{p' in P(i)} exp(Q(f_i, f_p')/tau) + sum_{n in N(i)} exp(s_in/tau)
     # Eq. 15: Q(f_i, f_p) = min(f_i . f_p + m, 1); negatives keep f_i . f_n
     Q = _Q(s, P, margin)
-    # Eq. 17 (A.1): L_i = -1/|P(i)| sum_{p in P(i)} Q(f_i, f_p)/tau
-    #                     + log( sum_{p' in P(i)} exp(Q(f_i, f_p')/tau) + sum_{n in N(i)} exp(s_in/tau) )
+    # Eq. 17 (A.1): L_i = -1/|P(i)| sum_{p in P(i)} Q(f_i, f_p)/tau + log Z_i
     L = -(Q / temperature * P).sum(dim=1) / P.sum(dim=1).clamp(min=1) \
         + (Q / temperature).masked_fill(~A, -math.inf).logsumexp(dim=1)
-    # Eq. 16: L = sum_i L_i, here the mean
-    return L[_anchors(P)].mean()
+    return L[_anchors(P)].mean()                                                        # Eq. 16: L = sum_i L_i, here the mean
 
 
 def saturated(f, y, margin):
@@ -128,7 +128,7 @@ def _around(f, y, i, margin, temperature):
     _check(f, y, temperature, margin)
     P, N, A = (mask[i] for mask in _sets(y))
     s = f @ f[i]
-    R = P & (s + margin > 1)        # Eq. A.3: dQ(f_i, f_r)/df_i = 0 for r in R(i), f_r for r in Rc(i)
+    R = P & (s + margin > 1)        # Eq. A.3: Q(f_i, f_r) = 1 for r in R(i), f_i . f_r + m for r in Rc(i): dQ/df_i = 0 or f_r
     Rc = P & ~R
     # Z_i = |R(i)| exp(1/tau) + sum_{r' in Rc(i)} exp((s_ir' + m)/tau) + sum_{n in N(i)} exp(s_in/tau)
     Z = R.sum() * torch.exp(f.new_tensor(1 / temperature)) \
@@ -141,8 +141,10 @@ def grad_anchor(f, y, k, margin, temperature):
     s, P, N, R, Rc, Z = _around(f, y, k, margin, temperature)
     if not P.any():
         return torch.zeros_like(f[k])
-    # Eq. A.2 with A.3 is Eq. 18: 1/tau [ -1/|P(k)| sum_{r' in Rc(k)} f_r'
-    #                                     + ( sum_{r' in Rc(k)} exp((s_kr' + m)/tau) f_r' + sum_{n in N(k)} exp(s_kn/tau) f_n ) / Z_k ]
+    # Eq. A.2: 1/tau [ -1/|P(k)| sum_{p in P(k)} dQ_kp/df_k
+    #                  + ( sum_{p' in P(k)} exp(Q_kp'/tau) dQ_kp'/df_k + sum_{n in N(k)} exp(s_kn/tau) f_n ) / Z_k ]
+    # Eq. 18 (A.3 put in): 1/tau [ -1/|P(k)| sum_{r' in Rc(k)} f_r'
+    #                  + ( sum_{r' in Rc(k)} exp((s_kr' + m)/tau) f_r' + sum_{n in N(k)} exp(s_kn/tau) f_n ) / Z_k ]
     pull = -f[Rc].sum(dim=0) / P.sum()
     push = (torch.exp((s[Rc] + margin) / temperature) @ f[Rc] + torch.exp(s[N] / temperature) @ f[N]) / Z
     return (pull + push) / temperature
@@ -156,10 +158,11 @@ def grad_positive(f, y, i, k, margin, temperature):
     s, P, N, R, Rc, Z = _around(f, y, i, margin, temperature)
     if not P[k]:
         raise ValueError(f"row {k} is not a positive of row {i}")
-    # Eq. A.4 with A.3 is Eq. A.5, k in R(i): 0, a saturated pair moves nothing
+    # Eq. A.4: 1/tau [ -1/|P(i)| + exp(Q_ik/tau) / Z_i ] dQ_ik/df_k
+    # Eq. A.5 (A.3 put in), k in R(i): 0, a saturated pair moves nothing
     if R[k]:
         return torch.zeros_like(f[k])
-    # or Eq. A.6, k in Rc(i): 1/tau [ -1/|P(i)| f_i + exp((s_ik + m)/tau) / Z_i f_i ]
+    # Eq. A.6 (A.3 put in), k in Rc(i): 1/tau [ -1/|P(i)| f_i + exp((s_ik + m)/tau) / Z_i f_i ]
     return (-f[i] / P.sum() + torch.exp((s[k] + margin) / temperature) / Z * f[i]) / temperature
 
 

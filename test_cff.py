@@ -524,6 +524,10 @@ def test_stage_2_moves_the_head_alone(small):
     assert all(same(old, weights(layer)) for old, layer in zip(layers, model.layers)) and not same(head, weights(model.head))
     assert all(p.grad is None for p in model.layers.parameters())
     assert first[-1] < first[0] and not first[0].requires_grad
+    inputs = []
+    model.layers[0].register_forward_hook(lambda layer, x, h: inputs.append(x[0]))
+    cff.head_step(model, optimizer, x, y, lambda x: x + 1)
+    assert len(inputs) == 1 and torch.equal(inputs[0], model.patches(x + 1)), "stage 2 sees one augmented view"
 
 
 def test_prediction_is_one_forward_pass(small):
@@ -858,6 +862,14 @@ def test_a_setting_comes_from_what_is_typed_then_the_recipe_then_the_data_set():
     assert {name: paper[name] for name in expected} == expected
     models = {"mnist": "mlp-500-3", "cifar100": "vit-192-6-6", "tinyimagenet": "vit-240-6-7"}
     assert {dataset: settings_of("--dataset", dataset)["model"] for dataset in models} == models
+
+
+def test_a_run_is_named_by_what_is_typed():
+    name = lambda *flags: train.parse(list(flags))[0]["out"]
+    assert name("--dataset", "cifar10") == "runs/cifar10-cffm-vit-128-4-5-s0"
+    assert name("--dataset", "cifar10", "--model", "ViT[64 4 4]", "--recipe", "short", "--limit", "9", "--seed", "2") == \
+        "runs/cifar10-cffm-vit-64-4-4-short-limit9-s2"
+    assert name("--views", "1", "--data-dir", "x", "--head-lr", "0.1") == "runs/shapes-cffm-vit-64-4-3-views1-headlr0.1-s0"
 
 
 def test_resume_refuses_another_setting(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Train a network by Contrastive Forward-Forward: data sets, augmentation, the two stages, and runs on disk.
 
     python train.py                                             ten drawn shapes, nothing to download
-    python train.py --dataset cifar10 --algo cffm               the paper's run: ViT[128 4 5], 600 + 50 epochs
+    python train.py --dataset cifar10 --algo cffm               the paper's ViT[128 4 5], its authors' 600 + 50 epochs
     python train.py --dataset cifar10 --algo cffm --model vit-64-4-4 --limit 10000 --recipe short
     python train.py --resume --out runs/NAME                    go on where a run stopped
 
@@ -62,7 +62,7 @@ SETTINGS = {
     "decay": ("linear", "margins between them: linear, parabolic, cosine or exponential"),
     "seed": (0, "of the validation split, the weights and every draw"),
     "device": ("auto", "cpu, cuda, or auto: cuda if there is one"),
-    "out": ("", "folder of the run; runs/DATASET-ALGO-MODEL-sSEED if not given"),
+    "out": ("", "folder of the run; if not given, runs/DATASET-ALGO-MODEL-...-sSEED with what else is typed"),
 }
 CHOICES = {
     "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"), "algo": ("cff", "cffm"),
@@ -109,11 +109,16 @@ def parse(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume", False)
-    recipe = RECIPES.get(typed.pop("recipe", None), {})
+    recipe = typed.pop("recipe", "")
     defaults = {name: default for name, (default, _) in SETTINGS.items()}
-    settings = {**defaults, **BY_DATASET[typed.get("dataset", defaults["dataset"])], **recipe, **typed}
-    model = "-".join(re.findall(r"\w+", settings["model"].lower()))
-    settings["out"] = settings["out"] or f"runs/{settings['dataset']}-{settings['algo']}-{model}-s{settings['seed']}"
+    typed_or_meant = {**RECIPES.get(recipe, {}), **typed}
+    settings = {**defaults, **BY_DATASET[typed.get("dataset", defaults["dataset"])], **typed_or_meant}
+    if not settings["out"]:
+        model = "-".join(re.findall(r"\w+", settings["model"].lower()))
+        others = [f"{name.replace('_', '')}{typed[name]}" for name in SETTINGS if name in typed and name not in
+                  ("dataset", "algo", "model", "seed", "data_dir", "device", "out")]
+        settings["out"] = "runs/" + "-".join(filter(None, [settings["dataset"], settings["algo"], model, recipe, *others,
+                                                           f"s{settings['seed']}"]))
     for name, (lowest, highest) in LIMITS.items():
         if not lowest <= settings[name] <= highest:
             parser.error(f"{flag(name)} must lie in {lowest}..{highest}; got {settings[name]}")
@@ -122,14 +127,12 @@ def parse(argv=None):
         parser.error(f"{config.parent} holds a run already: go on with it (--resume), or name another folder (--out)")
     if resume and not config.exists():
         parser.error(f"there is no run in {config.parent} to resume")
-    if resume and recipe:
-        parser.error("--resume takes the run's own settings; leave --recipe out")
     if resume:
         settings = {**defaults, **json.loads(config.read_text())["settings"], "out": str(config.parent)}
         settings["data_dir"] = typed.get("data_dir", settings["data_dir"])
-        for name in typed:
-            if settings[name] != typed[name]:
-                parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}; resume it without this flag")
+        for name, value in typed_or_meant.items():
+            if settings[name] != value:
+                parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}, not {value}; --resume keeps its settings")
     return settings, resume
 
 

@@ -90,7 +90,7 @@ class PatchEmbedding(nn.Module):
         x = F.relu(self.projection(x))
         if self.token is not None:
             x = torch.cat([self.token.expand(len(x), 1, -1), x], dim=1)
-        return x + self.position
+        return x + self.position                                                        # MLP_proj(x) + E_pos
 
 
 class ViT(nn.Module):

@@ -98,7 +98,7 @@ def marginal_contrastive_loss(f, y, margin, temperature=0.15):
     _check(f, y, temperature, margin)
     P, N, A = _sets(y)
     s = f @ f.T                                                                         # (N, N)
-    # Eq. 14: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(Q(f_i, f_p)/tau) / Z_i ),
+    # Eq. 14: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(Q(f_i, f_p)/tau) / Z_i ), there with Q(a, b) = a . b, and
     #         Z_i = sum_{p' in P(i)} exp(Q(f_i, f_p')/tau) + sum_{n in N(i)} exp(s_in/tau)
     # Eq. 15: Q(f_i, f_p) = min(f_i . f_p + m, 1); negatives keep f_i . f_n
     Q = _Q(s, P, margin)

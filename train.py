@@ -62,12 +62,13 @@ SETTINGS = {
     "decay": ("linear", "margins between them: linear, parabolic, cosine or exponential"),
     "seed": (0, "of the validation split, the weights and every draw"),
     "device": ("auto", "cpu, cuda, or auto: cuda if there is one"),
-    "out": ("", "folder of the run; if not given, runs/DATASET-ALGO-MODEL-...-sSEED with what else is typed"),
+    "out": ("", "folder of the run; if not given, runs/ and a name made of what is typed"),
 }
 CHOICES = {
     "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"), "algo": ("cff", "cffm"),
     "augment": ("none", "flip", "crop", "crop+randaug"), "pool": ("mean", "token"), "views": (1, 2),
-    "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"), "decay": ("linear", "parabolic", "cosine", "exponential"),
+    "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
+    "decay": ("linear", "parabolic", "cosine", "exponential"),
 }
 # Settings found for runs of a few thousand updates (README, "Short runs").
 SHORT = dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, position_std=0.02, padding=4, warmup=80,
@@ -132,7 +133,8 @@ def parse(argv=None):
         settings["data_dir"] = typed.get("data_dir", settings["data_dir"])
         for name, value in typed_or_meant.items():
             if settings[name] != value:
-                parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}, not {value}; --resume keeps its settings")
+                parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}, not {value}; --resume keeps "
+                             "its settings")
     return settings, resume
 
 

@@ -75,7 +75,7 @@ SHORT = dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, positi
              schedule="cosine", head_lr=0.005)
 # What differs from SETTINGS: by data set, then by recipe; what is typed comes last.
 BY_DATASET = {
-    "shapes": dict(SHORT, model="vit-64-4-3", patch_size=8, epochs=36, head_epochs=4),
+    "shapes": dict(SHORT, model="vit-64-4-3", patch_size=8, epochs=30, head_epochs=4),
     "mnist": dict(model="mlp-500-3", augment="none"),
     "cifar10": dict(padding=12),
     "cifar100": dict(model="vit-192-6-6"),

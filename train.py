@@ -99,7 +99,8 @@ def flag(name):
 
 def parse(argv=None):
     """The settings of a command line: (dict, whether to resume). A line that makes no sense ends with exit status 2."""
-    parser = argparse.ArgumentParser("train.py", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    parser = argparse.ArgumentParser("train.py", usage="train.py [--FLAG VALUE ...]; --help lists the flags", description=__doc__,
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, meaning) in SETTINGS.items():
         own = [f"{dataset}: {changes[name]}" for dataset, changes in BY_DATASET.items() if name in changes]

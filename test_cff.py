@@ -764,23 +764,43 @@ def test_eval_of_a_folder_without_weights_ends_with_one_line_and_status_2(tmp_pa
     assert ended.value.code == 2 and "best.pt" in capsys.readouterr().err.splitlines()[-1]
 
 
+def stop_and_resume(tmp_path, monkeypatch, flags, name, stop):
+    """Two runs with the same flags, one of them stopped where `stop`, put in the place of train.NAME, says, and resumed."""
+    run_main(*flags, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, name, stop)
+        with pytest.raises(SystemExit, match="go on with: python train.py --resume --out"):
+            run_main(*flags, "--out", tmp_path / "parts")
+    run_main("--resume", "--out", tmp_path / "parts")
+    load = lambda run, file: torch.load(tmp_path / run / file, weights_only=True)
+    assert same(load("whole", "best.pt")["model"], load("parts", "best.pt")["model"])
+    assert same(load("whole", "last.pt")["model"], load("parts", "last.pt")["model"])
+    assert torch.equal(load("whole", "last.pt")["generator"], load("parts", "last.pt")["generator"])
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
+
+
 @pytest.mark.parametrize("stage, epoch", [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_resume_is_bit_for_bit(tmp_path, monkeypatch, stage, epoch):
-    run_main(*SMALL, "--out", tmp_path / "whole")
-
-    def stop(row, epochs):                                     # Ctrl-C before this epoch is written down
+    def stop(row, epochs):                                          # Ctrl-C before this epoch is written down
         if (row["stage"], row["epoch"]) == (stage, epoch):
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "show_row", stop)
-        with pytest.raises(SystemExit, match="go on with: python train.py --resume --out"):
-            run_main(*SMALL, "--out", tmp_path / "parts")
-    run_main("--resume", "--out", tmp_path / "parts")
-    whole, parts = (torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("whole", "parts"))
-    assert same(whole, parts) and read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
-    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
-    assert same(whole["model"], parts["model"]) and torch.equal(whole["generator"], parts["generator"])
+    stop_and_resume(tmp_path, monkeypatch, SMALL, "show_row", stop)
+
+
+@pytest.mark.parametrize("stop_at", range(9))
+def test_a_crash_between_two_files_loses_nothing(tmp_path, monkeypatch, stop_at):
+    """Stop at each of the files that one epoch of stage 1 and one of stage 2 write."""
+    write, written = train.write, []
+
+    def write_and_stop(path, fill):
+        if len(written) == stop_at + 1:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, fill)
+
+    flags = [*SMALL, "--epochs", "1", "--head-epochs", "1", "--limit", "180"]
+    stop_and_resume(tmp_path, monkeypatch, flags, "write", write_and_stop)
 
 
 def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, monkeypatch):
@@ -883,28 +903,6 @@ def test_resume_refuses_another_setting(tmp_path, capsys):
         run_main("--resume", "--out", tmp_path / "run")
     assert ended.value.code == 2 and "last.pt, which --resume needs" in capsys.readouterr().err
     assert (tmp_path / "run" / "log.csv").read_text() == before
-
-
-@pytest.mark.parametrize("stop_at", range(8))
-def test_a_crash_between_two_files_loses_nothing(tmp_path, monkeypatch, stop_at):
-    """Stop at each of the files that the last epoch of stage 1 and the first of stage 2 write."""
-    flags = [*SMALL, "--epochs", "1", "--head-epochs", "1", "--limit", "180"]
-    run_main(*flags, "--out", tmp_path / "whole")
-    write, written = train.write, []
-
-    def write_and_stop(path, fill):
-        if len(written) == stop_at + 1:
-            raise KeyboardInterrupt
-        written.append(path)
-        write(path, fill)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "write", write_and_stop)
-        with pytest.raises(SystemExit, match="go on with"):
-            run_main(*flags, "--out", tmp_path / "parts")
-    run_main("--resume", "--out", tmp_path / "parts")
-    whole, parts = (torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("whole", "parts"))
-    assert same(whole, parts) and read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
 
 
 def test_collapse_and_nan_are_said_in_words(tmp_path, capsys, monkeypatch):

@@ -192,7 +192,24 @@ def load_tiny_imagenet(folder):
     return data
 
 
-SHAPES = "disc ring square triangle plus star crescent half tee bars".split()
+def bar(x, y, width, height):
+    """Signed distance to a rectangle of 2 width x 2 height around the origin."""
+    return torch.maximum(x.abs() - width, y.abs() - height)
+
+
+# class: signed distance to its outline, negative inside, in units of the object's radius
+SHAPES = {
+    "disc": lambda x, y: torch.hypot(x, y) - 0.85,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.2,
+    "square": lambda x, y: bar(x, y, 0.72, 0.72),
+    "triangle": lambda x, y: torch.maximum(0.866 * x.abs() + 0.5 * y, -y) - 0.45,
+    "plus": lambda x, y: torch.minimum(bar(x, y, 0.25, 0.95), bar(x, y, 0.95, 0.25)),
+    "star": lambda x, y: 0.6 * (torch.hypot(x, y) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(y, x))),
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.75 - torch.hypot(x - 0.45, y)),
+    "half": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, -0.2 - y),
+    "tee": lambda x, y: torch.minimum(bar(x, y - 0.55, 0.85, 0.25), bar(x, y, 0.25, 0.8)),
+    "bars": lambda x, y: bar(x, y.abs() - 0.5, 0.85, 0.2),
+}
 
 
 def draw_shapes(n, seed):
@@ -206,6 +223,7 @@ def draw_shapes(n, seed):
 
 
 def _draw_some(n, generator):
+    """n images of `draw_shapes`, the classes in turn; distances and places as in SHAPES."""
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
 
     def rand(low, high, *channels):                 # a random number for each image, or for each of its channels
@@ -217,9 +235,6 @@ def _draw_some(n, generator):
         x, y = (columns - 15.5 - room * rand(-1, 1)) / radius, (rows - 15.5 - room * rand(-1, 1)) / radius
         return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
 
-    def bar(x, y, width, height):
-        return torch.maximum(x.abs() - width, y.abs() - height)
-
     def cover(distance, radius):                    # signed distance to an outline -> the share of a pixel inside it
         return (0.5 - distance * radius).clamp(0, 1)[:, None]
 
@@ -227,18 +242,6 @@ def _draw_some(n, generator):
         x, _, _ = place(1, 1)
         return colour + (x * rand(0.2, 1.2)).sin()[:, None] * rand(-0.12, 0.12, 3)
 
-    outlines = [
-        lambda x, y: torch.hypot(x, y) - 0.85,
-        lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.2,
-        lambda x, y: bar(x, y, 0.72, 0.72),
-        lambda x, y: torch.maximum(0.866 * x.abs() + 0.5 * y, -y) - 0.45,
-        lambda x, y: torch.minimum(bar(x, y, 0.25, 0.95), bar(x, y, 0.95, 0.25)),
-        lambda x, y: 0.6 * (torch.hypot(x, y) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(y, x))),
-        lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.75 - torch.hypot(x - 0.45, y)),
-        lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, -0.2 - y),
-        lambda x, y: torch.minimum(bar(x, y - 0.55, 0.85, 0.25), bar(x, y, 0.25, 0.8)),
-        lambda x, y: bar(x, y.abs() - 0.5, 0.85, 0.2),
-    ]
     back = rand(0, 0.5, 3)
     image = paint(back)
     for _ in range(2):                              # clutter under the shape
@@ -246,7 +249,7 @@ def _draw_some(n, generator):
         image = image.lerp(rand(0, 1, 3).expand_as(image), cover(bar(x, y, 1, rand(0.2, 1)), radius))
     x, y, radius = place(8, 13, reach=0.5)
     distance = torch.empty_like(x)
-    for label, outline in enumerate(outlines):
+    for label, outline in enumerate(SHAPES.values()):
         distance[label::10] = outline(x[label::10], y[label::10])
     colour = back + rand(0.3, 0.7, 3)               # brighter than the background in every channel
     image = image.lerp(paint(colour), cover(distance, radius))

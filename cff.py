@@ -1,11 +1,12 @@
-"""Contrastive Forward-Forward (Fig. 1d, Fig. 3): Algorithm 1 (left column), the linear head of stage 2, and prediction.
+"""Contrastive Forward-Forward and the methods it is compared with: Algorithm 1, both columns, and Fig. 1; prediction.
 
     x, y        one batch: images (B, C, H, W) and labels (B,)
-    x1, x2      its two augmented views, first as patches (B, P, C*p*p), then as a layer's output (B, P, E), detached
+    x1, x2      CFF: its two augmented views; FF: one view with the true labels, and with wrong ones (negatives);
+                first as patches (B, P, C*p*p), then as a layer's output (B, P, E), detached; P + 1 with a label patch
     f1, f2, f   what layer l makes of them, (B, P, E) each and (2B, P, E) together; D = C*H*W, #P = P
 
-One call is one batch. Models come from vit.py; `optimizers` holds one optimizer for each layer, so that no update can
-reach another layer.
+One call is one batch, and returns losses without a graph. Models come from vit.py; `optimizers` holds one optimizer for each
+layer, so that no update can reach another layer; `augment` makes of images one augmented view, drawn anew at each call.
 
     >>> optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.004) for layer in model.layers]
     >>> losses = cff_step(model, optimizers, x, y, augment, margins(0.4, 0.1, len(model.layers)), temperature=0.15)
@@ -13,16 +14,16 @@ reach another layer.
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from losses import marginal_contrastive_loss
+from losses import contrastive_loss, ff_loss, goodness, marginal_contrastive_loss
 
 
-# ------------------------------------------------------------------------------- stage 1: the encoder (Algorithm 1, left)
+# ------------------------------------------------------------------- Contrastive Forward-Forward (Algorithm 1, left; Fig. 1d)
 
 def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
     """Train every layer on one batch by Algorithm 1, left; returns the L losses, a tensor (L,).
 
-    augment: images -> one augmented view, drawn anew at each call. margins: a float for each layer; 0 everywhere is CFF
-    (Eq. 3), `losses.margins` gives those of CFF+M (Eq. 15). views=1 is the one-forward variant of Table 6: f = f1.
+    margins: a float for each layer; 0 everywhere is CFF (Eq. 3), `losses.margins` gives those of CFF+M (Eq. 15).
+    views=1 is the one-forward variant of Table 6: f = f1.
     Raises ValueError as `marginal_contrastive_loss`.
     """
     losses = []
@@ -46,36 +47,105 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
     return torch.stack(losses)
 
 
-# ---------------------------------------------------------------------------------------- stage 2: the head (Section 3.3)
+# ----------------------------------------------------------- Forward-Forward, SymBa, FF Collab (Algorithm 1, right; Fig. 1b)
 
-@torch.no_grad()
-def encode(model, images):
-    """The pooled output of each layer, without gradients: images (B, C, H, W) -> a list of L tensors (B, E)."""
-    h, pooled = model.patches(images), []
+def wrong_labels(y, num_classes, generator=None):
+    """For each label of y (B,) one of the other classes, all equally likely: (B,), never y itself."""
+    return (y + torch.randint(1, num_classes, y.shape, device=y.device, generator=generator)) % num_classes
+
+
+def unit(h):
+    """Each image's output divided by its norm over all tokens: f / norm2(f), (B, P, E) or (B, E)."""
+    return normalize(h.flatten(1)).view_as(h)
+
+
+def gammas(G):
+    """FF Collab: for each layer the goodness of all other layers, detached. G (L, B) -> (L, B)."""
+    others = 1 - torch.eye(len(G), dtype=G.dtype, device=G.device)
+    return others @ G.detach()                                      # gamma_l = sum_{k != l} G_k
+
+
+def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False):
+    """Train every layer on one batch by Algorithm 1, right; returns the L losses, a tensor (L,).
+
+    loss: (g_pos, g_neg), both (B,) -> scalar: `losses.ff_loss` for FF, `losses.symba_loss` for SymBa. generator: of the
+    wrong labels. collab=True adds to the goodness of each layer that of all others (FF Collab).
+    """
+    losses = []
+    x, y_wrong = augment(x), wrong_labels(y, len(model.labels) - 1, generator)      # x, y_wrong = augment(x), wrong(y)
+    x1 = model.patches(x, y)                                        # x = patching(x)                (B, #P, D/#P)
+    x2 = model.patches(x, y_wrong)                                  # x1, x2 = cat_label_patch(x, y, y_wrong)
+    gamma1, gamma2 = (gammas(layer_goodness(model, x, labels)) if collab else [0] * len(model.layers) for labels in (y, y_wrong))
+    for l, layer in enumerate(model.layers):                        # for l in range(L):
+        f1 = layer(x1)                                              # f1 = layers[l].forward(x1)     (B, #P+1, E)
+        f2 = layer(x2)                                              # f2 = layers[l].forward(x2)     (B, #P+1, E)
+        loss_l = loss(goodness(model.pool(f1)) + gamma1[l],         # loss = FFLoss(f1.mean(dim=1),
+                      goodness(model.pool(f2)) + gamma2[l])         #               f2.mean(dim=1))
+        optimizers[l].zero_grad()
+        loss_l.backward()                                           # loss.backward()
+        optimizers[l].step()                                        # optimizers[l].step()
+        x1 = unit(f1).detach()                                      # x1 = (f1/norm2(f1)).detach()
+        x2 = unit(f2).detach()                                      # x2 = (f2/norm2(f2)).detach()
+        losses.append(loss_l.detach())
+    return torch.stack(losses)
+
+
+def collab_step(model, optimizers, x, y, augment, threshold=2.0, generator=None):
+    """FF Collab on one batch: layer l's logit is G_l + gamma_l - theta, gamma from before this batch's updates; losses (L,)."""
+    loss = lambda g_pos, g_neg: ff_loss(g_pos, g_neg, threshold)
+    return ff_step(model, optimizers, x, y, augment, loss, generator, collab=True)
+
+
+# ------------------------------------------------------------------------------------------------ through the whole network
+
+def encode(model, images, y=None):
+    """The pooled output of each layer: images (B, C, H, W), and labels y (B,) if the model takes them -> L tensors (B, E)."""
+    h, pooled = model.patches(images, y), []
     for layer in model.layers:
-        h = layer(h)
+        h = layer(h)                                                # nothing is detached here
         pooled.append(model.pool(h))
+        if y is not None:
+            h = unit(h)                                             # FF normalises between layers
     return pooled
 
 
+@torch.no_grad()
+def layer_goodness(model, images, y):
+    """The goodness of images (B, C, H, W) with labels y (B,) in each layer, (L, B)."""
+    return torch.stack([goodness(f) for f in encode(model, images, y)])
+
+
+def encode_neutral(model, images):
+    """`encode` without a class: with the neutral label, zeros, in a model that takes labels."""
+    return encode(model, images, None if model.labels is None else torch.full((len(images),), -1, device=images.device))
+
+
+def features(model, images):
+    """What the head reads: the last layer's pooled output (B, E), or, in a model that takes labels, those of all but the first."""
+    pooled = encode_neutral(model, images)
+    return pooled[-1] if model.labels is None else torch.cat(pooled[1:] or pooled, dim=1)       # (B, E) or (B, (L-1) E)
+
+
 def head_step(model, optimizer, x, y, augment):
-    """Train the linear head on one batch and one augmented view, the encoder frozen; returns the cross-entropy, a scalar."""
-    f = encode(model, augment(x))[-1]                               # (B, E), no gradient reaches the encoder
-    loss = cross_entropy(model.head(f), y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+    """Stage 2: train the linear head on one batch, the encoder frozen; returns the cross-entropy, a scalar (Section 3.3)."""
+    with torch.no_grad():
+        f = features(model, augment(x))                             # no gradient reaches the encoder
+    return update(optimizer, cross_entropy(model.head(f), y))
 
-
-# -------------------------------------------------------------------------------------- backpropagation, to compare with
 
 def bp_step(model, optimizer, x, y, augment):
     """Train encoder and head end to end on one batch (BP+CE, Fig. 1a); returns the cross-entropy, a scalar."""
-    h = model.patches(augment(x))
-    for layer in model.layers:
-        h = layer(h)                                                # nothing is detached: every layer's graph is kept
-    loss = cross_entropy(model.head(model.pool(h)), y)
+    return update(optimizer, cross_entropy(model.head(encode(model, augment(x))[-1]), y))
+
+
+def scl_step(model, optimizer, x, y, augment, temperature, views=2):
+    """Train the encoder end to end by Eq. 3 after its last layer (SCL, Fig. 1c); returns the loss, a scalar."""
+    f = encode(model, torch.cat([augment(x) for _ in range(views)]))[-1]
+    return update(optimizer, contrastive_loss(normalize(f), y.repeat(views), temperature))
+
+
+def update(optimizer, loss):
+    """One step of backpropagation; returns the loss without its graph."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -85,11 +155,18 @@ def bp_step(model, optimizer, x, y, augment):
 # ------------------------------------------------------------------------------------------------------------ prediction
 
 @torch.no_grad()
-def predict(model, images, algo):
-    """Scores (B, classes) of images (B, C, H, W), the largest wins: one forward pass for "cff", "cffm" and "bp" (Section 3.3).
+def predict(model, images, algo, head=False, skip_first=False):
+    """Scores (B, classes) of images (B, C, H, W); the largest wins.
 
-    Raises ValueError for another algo.
+    "cff", "cffm", "scl" and "bp": the head's, in one forward pass. "ff", "symba" and "collab": one pass with each class's label,
+    the goodness summed over the layers, without the first if skip_first; with head=True one pass with the neutral label, and
+    the head (Table 2). Raises ValueError for another algo.
     """
-    if algo not in ("cff", "cffm", "bp"):
-        raise ValueError(f"algo must be cff, cffm or bp; got {algo!r}")
-    return model.head(encode(model, images)[-1])
+    if algo in ("cff", "cffm", "scl", "bp") or head and algo in ("ff", "symba", "collab"):
+        return model.head(features(model, images))
+    if algo not in ("ff", "symba", "collab"):
+        raise ValueError(f"algo must be cff, cffm, ff, symba, collab, scl or bp; got {algo!r}")
+    B, C = len(images), len(model.labels) - 1
+    y = torch.arange(C, device=images.device).repeat(B)             # 0 ... C-1 for the first image, then for the second, ...
+    G = layer_goodness(model, images.repeat_interleave(C, dim=0), y)                    # (L, B*C)
+    return (G[1:] if skip_first else G).sum(dim=0).view(B, C)

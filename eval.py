@@ -20,7 +20,7 @@ import torch
 
 from cff import bp_step, cff_step
 from losses import margins
-from train import METRIC, accuracy, describe_device, load_data, make_augment, make_model
+from train import DEFAULTS, METRIC, accuracy, describe_device, load_data, make_augment, make_model
 from vit import build_model
 
 
@@ -32,9 +32,10 @@ def load_run(folder):
     Raises FileNotFoundError if there is no best.pt in it.
     """
     best = torch.load(Path(folder) / "best.pt", map_location="cpu", weights_only=True)
-    model = make_model(best["settings"], best["data"])
+    settings = {**DEFAULTS, **best["settings"]}
+    model = make_model(settings, best["data"])
     model.load_state_dict(best["model"])
-    return model.eval(), best["settings"], best["data"]
+    return model.eval(), settings, best["data"]
 
 
 def evaluate(folder, data_dir=None):
@@ -43,7 +44,7 @@ def evaluate(folder, data_dir=None):
     _, _, images, y = load_data(settings["dataset"], data_dir or settings["data_dir"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     normalise = make_augment("none", 0, facts["mean"], facts["std"], torch.Generator(device))
-    top = accuracy(model.to(device), images.to(device), y.to(device), normalise, settings["algo"])
+    top = accuracy(model.to(device), images.to(device), y.to(device), normalise, settings)
     print(f"{folder}: {settings['algo']} with {settings['model']} on {settings['dataset']}, {len(y)} test images")
     print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
     k = int(METRIC[settings["dataset"]].removeprefix("top"))
@@ -64,7 +65,7 @@ def show_table(folders, markdown=False):
     groups = {}
     for folder in map(Path, folders):
         config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
-        settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "out", "data_dir", "device")}
+        settings = {key: value for key, value in {**DEFAULTS, **config["settings"]}.items() if key not in ("seed", "out", "data_dir", "device")}
         groups.setdefault(json.dumps([settings, config["device"]]), []).append((folder.name, config, result))
     rows = [["Run", "Method", "Model", "Data", "Images", "Epochs", "Seeds", "Validation %", "Test %", "Minutes"]]
     for runs in groups.values():

@@ -1,6 +1,6 @@
-"""The losses of Contrastive Forward-Forward, and their gradients derived by hand.
+"""The losses of Contrastive Forward-Forward and of the methods it is compared with, and its gradients derived by hand.
 
-Covers Eqs. 3, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.1-A.7 and the margins of Fig. 4a.
+Covers Eqs. 1-3, 7, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.1-A.7 and the margins of Fig. 4a.
 
     f      (N, E)   representations, one L2-normalised row for each image view; f = cat(f1, f2), N = 2B with two views
     y      (N,)     their classes; y = cat(y, y) with two views
@@ -19,6 +19,29 @@ Sets are boolean masks: P[i, j] is True where j is in P(i). A loss is the mean o
 import math
 
 import torch
+from torch.nn.functional import softplus
+
+
+# ------------------------------------------------------------------------------------ goodness: FF and SymBa (Eqs. 1, 2, 7)
+
+def goodness(h):
+    """Goodness of one layer's pooled outputs h (B, E) -> (B,), Eq. 1 as a mean of squares, G = ||f||^2 / E.
+
+    The mean, as in the authors' code, where Eq. 1 has the sum: so the threshold does not depend on the width E.
+    """
+    return h.square().mean(dim=1)
+
+
+def ff_loss(g_pos, g_neg, threshold=2.0):
+    """FF's loss, Eq. 2, from the goodness (B,) with the true and with a wrong label -> scalar, the mean of its 2B terms."""
+    # Eq. 2: L = sum_i log(1 + exp(theta - G_i^pos)) + log(1 + exp(G_i^neg - theta));   softplus(x) = log(1 + exp(x))
+    return (softplus(threshold - g_pos) + softplus(g_neg - threshold)).mean() / 2
+
+
+def symba_loss(g_pos, g_neg, alpha=1.0):
+    """SymBa's loss, Eq. 7, from the goodness (B,) with the true and with a wrong label -> scalar, the mean over the batch."""
+    # Eq. 7: L = sum_i log(1 + exp(-alpha (G_i^pos - G_i^neg)))
+    return softplus(-alpha * (g_pos - g_neg)).mean()
 
 
 # ---------------------------------------------------------------------------------------------- similarities and sets

@@ -1,8 +1,9 @@
-"""Train a network by Contrastive Forward-Forward: data sets, augmentation, the two stages, and runs on disk.
+"""Train a network by Contrastive Forward-Forward or a method it is compared with: data, the two stages, runs on disk.
 
     python train.py                                             ten drawn shapes, nothing to download
     python train.py --dataset cifar10 --algo cffm               the paper's ViT[128 4 5], its authors' 600 + 50 epochs
     python train.py --dataset cifar10 --algo cffm --model vit-64-4-4 --limit 10000 --recipe short
+    python train.py --dataset mnist --algo ff --recipe mlp      Forward-Forward; also symba, collab, cff, scl, bp
     python train.py --resume --out runs/NAME                    go on where a run stopped
 
 A run is a folder: config.json (every setting), log.csv (a row an epoch), last.pt (what --resume needs), best.pt (the
@@ -19,6 +20,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +29,9 @@ from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2 import functional as ops
 
-from cff import cff_step, encode, head_step, predict
-from losses import marginal_contrastive_loss, margins, saturated
+from cff import (bp_step, cff_step, collab_step, encode, encode_neutral, features, ff_step, gammas, head_step, layer_goodness,
+                 predict, scl_step, wrong_labels)
+from losses import contrastive_loss, ff_loss, marginal_contrastive_loss, margins, saturated, symba_loss
 from vit import build_model
 
 # -------------------------------------------------------------------------------------------------------------- settings
@@ -42,7 +45,7 @@ SETTINGS = {
     "label_noise": (0.0, "fraction of training and validation labels to make wrong (Table 4)"),
     "augment": ("crop", "none, flip, crop (and flip) or crop+randaug (Table 3); MNIST is never flipped"),
     "padding": (4, "pixels of zeros around an image before its crop"),
-    "algo": ("cffm", "cff (contrastive loss, Eq. 3) or cffm (with margins, Eq. 15)"),
+    "algo": ("cffm", "cff (contrastive loss, Eq. 3), cffm (with margins, Eq. 15), ff, symba, collab, scl or bp"),
     "model": ("vit-128-4-5", '"ViT[E H L]" or "MLP[E L]", also written vit-E-H-L, mlp-E-L'),
     "patch_size": (4, "side of a patch in pixels"),
     "pool": ("mean", "what a layer's loss sees: mean over patches (Eq. 13) or class token (Table 5)"),
@@ -60,12 +63,17 @@ SETTINGS = {
     "m0": (0.4, "margin of the first layer (Sec. 4.1)"),
     "mL": (0.1, "margin of the last layer"),
     "decay": ("linear", "margins between them: linear, parabolic, cosine or exponential"),
+    "threshold": (2.0, "theta of Eq. 2 (ff, collab)"),
+    "alpha": (1.0, "alpha of Eq. 7 (symba)"),
+    "head": (False, "ff, symba, collab: train a head in stage 2 and predict with it, in one pass (Table 2)"),
+    "skip_first": (False, "ff, symba, collab: predict without the first layer's goodness"),
     "seed": (0, "of the validation split, the weights and every draw"),
     "device": ("auto", "cpu, cuda, or auto: cuda if there is one"),
     "out": ("", "folder of the run; if not given, runs/ and a name made of what is typed"),
 }
+DEFAULTS = {name: default for name, (default, _) in SETTINGS.items()}
 CHOICES = {
-    "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"), "algo": ("cff", "cffm"),
+    "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"), "algo": ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"),
     "augment": ("none", "flip", "crop", "crop+randaug"), "pool": ("mean", "token"), "views": (1, 2),
     "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
     "decay": ("linear", "parabolic", "cosine", "exponential"),
@@ -73,7 +81,7 @@ CHOICES = {
 # Settings found for runs of a few thousand updates (README, "Short runs").
 SHORT = dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, position_std=0.02, padding=4, warmup=80,
              schedule="cosine", head_lr=0.005)
-# What differs from SETTINGS: by data set, then by recipe; what is typed comes last.
+# What differs from SETTINGS: by data set, then by method, then by recipe; what is typed comes last.
 BY_DATASET = {
     "shapes": dict(SHORT, model="vit-64-4-3", patch_size=8, epochs=30, head_epochs=4),
     "mnist": dict(model="mlp-500-3", augment="none"),
@@ -81,7 +89,11 @@ BY_DATASET = {
     "cifar100": dict(model="vit-192-6-6"),
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
+BY_ALGO = {"bp": dict(lr=0.0005)}
 RECIPES = {"short": SHORT}
+# Methods whose images carry a label, and how on an MLP (Fig. 2b, 2c); methods that train all layers together.
+LABELS = {"ff": "one-hot", "collab": "one-hot", "symba": "random"}
+END_TO_END = ("scl", "bp")
 METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
 
 
@@ -104,33 +116,36 @@ def parse(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, meaning) in SETTINGS.items():
         own = [f"{dataset}: {changes[name]}" for dataset, changes in BY_DATASET.items() if name in changes]
-        parser.add_argument(flag(name), type=type(default), choices=CHOICES.get(name), metavar=name.upper(),
-                            help=f"{meaning} [{', '.join([str(default), *own])}]")
+        value = dict(action="store_true") if default is False else dict(type=type(default), choices=CHOICES.get(name),
+                                                                        metavar=name.upper())
+        parser.add_argument(flag(name), **value, help=f"{meaning} [{', '.join([str(default), *own])}]")
     parser.add_argument("--recipe", choices=RECIPES, help="short, for short runs, stands for " +
                         " ".join(f"{flag(name)} {value}" for name, value in SHORT.items()))
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume", False)
     recipe = typed.pop("recipe", "")
-    defaults = {name: default for name, (default, _) in SETTINGS.items()}
     typed_or_meant = {**RECIPES.get(recipe, {}), **typed}
-    settings = {**defaults, **BY_DATASET[typed.get("dataset", defaults["dataset"])], **typed_or_meant}
+    settings = {**DEFAULTS, **BY_DATASET[typed.get("dataset", DEFAULTS["dataset"])],
+                **BY_ALGO.get(typed.get("algo"), {}), **typed_or_meant}
     if not settings["out"]:
         model = "-".join(re.findall(r"\w+", settings["model"].lower()))
-        others = [f"{name.replace('_', '')}{typed[name]}" for name in SETTINGS if name in typed and name not in
-                  ("dataset", "algo", "model", "seed", "data_dir", "device", "out")]
+        others = [name.replace("_", "") + str(typed[name]).removesuffix("True") for name in SETTINGS if name in typed
+                  and name not in ("dataset", "algo", "model", "seed", "data_dir", "device", "out")]
         settings["out"] = "runs/" + "-".join(filter(None, [settings["dataset"], settings["algo"], model, recipe, *others,
                                                            f"s{settings['seed']}"]))
     for name, (lowest, highest) in LIMITS.items():
         if not lowest <= settings[name] <= highest:
             parser.error(f"{flag(name)} must lie in {lowest}..{highest}; got {settings[name]}")
+    if (settings["head"] or settings["skip_first"]) and settings["algo"] not in LABELS:
+        parser.error("--head and --skip-first are for ff, symba and collab")
     config = Path(settings["out"]) / "config.json"
     if config.exists() and not resume:
         parser.error(f"{config.parent} holds a run already: go on with it (--resume), or name another folder (--out)")
     if resume and not config.exists():
         parser.error(f"there is no run in {config.parent} to resume")
     if resume:
-        settings = {**defaults, **json.loads(config.read_text())["settings"], "out": str(config.parent)}
+        settings = {**DEFAULTS, **json.loads(config.read_text())["settings"], "out": str(config.parent)}
         settings["data_dir"] = typed.get("data_dir", settings["data_dir"])
         for name, value in typed_or_meant.items():
             if settings[name] != value:
@@ -274,7 +289,7 @@ def split(images, labels, settings, num_classes):
         part = part[:max(1, round(len(part) * (1 - settings["missing"])))]
         y = labels[part]
         wrong = torch.randperm(len(y), generator=g)[:round(len(y) * settings["label_noise"])]
-        y[wrong] = (y[wrong] + torch.randint(1, num_classes, wrong.shape, generator=g)) % num_classes
+        y[wrong] = wrong_labels(y[wrong], num_classes, g)
         parts.append((images[part], y))
     return parts
 
@@ -400,35 +415,30 @@ def saturated_share(f, y, margin):
     return torch.stack([saturated(f, y, margin).sum(), positives])
 
 
+def count_saturated(run, f, y):
+    """`saturated_share` of each layer's f with its margin, (L, 2); 0 for methods without margins."""
+    return torch.stack([saturated_share(f_l, y, m) for f_l, m in zip(f, run.margins)]) if run.margins else 0
+
+
 def batches(order, y, settings):
     """Cut rows `order` into batches, leaving out those in which no image has a positive: with one view, a small last one."""
     for rows in order.split(settings["batch_size"]):
-        if settings["views"] == 2 or len(y[rows].unique()) < len(rows):
+        if needs_no_pairs(settings) or len(y[rows].unique()) < len(rows):
             yield rows
 
 
-@torch.no_grad()
-def validate_encoder(model, images, y, augment, settings, layer_margins, probe):
-    """Stage 1 on validation data: mean loss and saturated share of each layer (L,), and the probe's accuracy in %."""
-    loss, share, correct, n = 0, 0, 0, 0
-    for rows in batches(torch.arange(len(y), device=y.device), y, settings):
-        views = [encode(model, augment(images[rows])) for _ in range(settings["views"])]
-        labels = y[rows].repeat(settings["views"])
-        f = [normalize(torch.cat(outputs)) for outputs in zip(*views)]                 # L x (2B, E)
-        loss += len(rows) * torch.stack([marginal_contrastive_loss(f_l, labels, m, settings["temperature"])
-                                         for f_l, m in zip(f, layer_margins)])
-        share += torch.stack([saturated_share(f_l, labels, m) for f_l, m in zip(f, layer_margins)])
-        correct += probe.correct(f[-1], labels)
-        n += len(rows)
-    return loss / n, share[:, 0] / share[:, 1], 100 * correct.item() / (n * settings["views"])
+def needs_no_pairs(settings):
+    """Whether a method's loss needs no two images of a class in a batch."""
+    return settings["views"] == 2 or settings["algo"] in LABELS or settings["algo"] == "bp"
 
 
 @torch.no_grad()
-def accuracy(model, images, y, normalise, algo):
+def accuracy(model, images, y, normalise, settings):
     """Top-1, top-5 and top-10 accuracy in % on images as they are, without augmentation: {1: ..., 5: ..., 10: ...}."""
     correct = 0
-    for rows in torch.arange(len(y), device=y.device).split(1000):
-        best = predict(model, normalise(images[rows]), algo).topk(10).indices          # (B, 10), best first
+    for rows in torch.arange(len(y), device=y.device).split(100 if model.labels is not None else 1000):
+        scores = predict(model, normalise(images[rows]), settings["algo"], settings["head"], settings["skip_first"])
+        best = scores.topk(10).indices                                                  # (B, 10), best first
         correct += (best == y[rows, None]).cumsum(dim=1).sum(dim=0)
     return {k: round(100 * correct[k - 1].item() / len(y), 2) for k in (1, 5, 10)}
 
@@ -447,7 +457,7 @@ class Run:
         train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
         self.classes = int(train_y.max()) + 1
         parts = split(train_x, train_y, settings, self.classes)
-        if settings["views"] == 1 and any(len(y.unique()) == len(y) for _, y in parts):
+        if not needs_no_pairs(settings) and any(len(y.unique()) == len(y) for _, y in parts):
             raise ValueError("with --views 1, training and validation data need two images of a class")
         if settings["padding"] > train_x.shape[-1]:
             raise ValueError(f"--padding {settings['padding']} is more than the image's side, {train_x.shape[-1]}")
@@ -466,7 +476,9 @@ class Run:
         self.val_augment = make(settings["augment"], self.val_generator)
         self.normalise = make("none", self.generator)
         L = len(self.model.layers)
-        self.margins = margins(settings["m0"], settings["mL"], L, settings["decay"]) if settings["algo"] == "cffm" else [0.0] * L
+        self.margins = {"cff": [0.0] * L, "cffm": margins(settings["m0"], settings["mL"], L, settings["decay"])}.get(settings["algo"])
+        self.loss = partial(symba_loss, alpha=settings["alpha"]) if settings["algo"] == "symba" else \
+            partial(ff_loss, threshold=settings["threshold"])       # of ff, symba and collab
         self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0, "encoder_epoch": 0, "log": []}
 
     def start(self):
@@ -519,7 +531,7 @@ class Run:
 def make_model(settings, facts):
     """The untrained model of a run's settings and the facts of its data."""
     return build_model(settings["model"], facts["image_shape"], facts["num_classes"], settings["patch_size"],
-                       settings["pool"], settings["position_std"])
+                       settings["pool"], settings["position_std"], LABELS.get(settings["algo"]))
 
 
 def describe_device(device):
@@ -548,33 +560,94 @@ def learning_rate(step, steps, settings, base, warmup):
     return base * rise * fall
 
 
-def by_layer(name, values):
-    """{"name_1": ..., "name_L": ...}: a log's columns from a tensor (L,)."""
-    return {f"{name}_{l}": round(value, 6) for l, value in enumerate(values.tolist(), start=1)}
+def by_layer(name, values, L):
+    """{"name_1": ..., "name_L": ...}: a log's columns from a tensor (L,); from a scalar, the last layer's alone."""
+    values = values.reshape(-1).tolist()
+    return {f"{name}_{l}": round(value, 6) for l, value in enumerate(values, start=L + 1 - len(values))}
+
+
+def make_optimizers(model, settings):
+    """Stage 1's optimizers: one for each layer, or one for all that is trained end to end."""
+    modules = {"scl": [model.layers], "bp": [model]}.get(settings["algo"], model.layers)
+    return [torch.optim.AdamW(module.parameters(), settings["lr"], weight_decay=settings["weight_decay"]) for module in modules]
+
+
+def make_step(run, optimizers):
+    """step(x, y): stage 1's training step of --algo on one batch, returning its losses, (L,) or a scalar."""
+    s, model, augment = run.settings, run.model, run.augment
+    if s["algo"] in ("cff", "cffm"):
+        return lambda x, y: cff_step(model, optimizers, x, y, augment, run.margins, s["temperature"], s["views"])
+    if s["algo"] in ("ff", "symba"):
+        return lambda x, y: ff_step(model, optimizers, x, y, augment, run.loss, run.generator)
+    if s["algo"] == "collab":
+        return lambda x, y: collab_step(model, optimizers, x, y, augment, s["threshold"], run.generator)
+    if s["algo"] == "scl":
+        return lambda x, y: scl_step(model, optimizers[0], x, y, augment, s["temperature"], s["views"])
+    return lambda x, y: bp_step(model, optimizers[0], x, y, augment)
 
 
 def encoder_epoch(run, optimizers, updates):
-    """Stage 1: Algorithm 1 on every batch of `updates`, then validation; (columns of the log, last layer's validation loss)."""
-    settings, loss, share, n = run.settings, 0, 0, 0
-    probe = Probe(run.classes)
+    """Stage 1: a training step on every batch of `updates`, then validation; (columns of the log, validation loss)."""
+    loss, share, n, probe, step = 0, 0, 0, Probe(run.classes), make_step(run, optimizers)
     with watch(run.model) as seen:
         for x, y in updates:
-            loss += len(y) * cff_step(run.model, optimizers, x, y, run.augment, run.margins, settings["temperature"],
-                                      settings["views"])
+            loss += len(y) * step(x, y)
             n += len(y)
-            labels = y.repeat(settings["views"])
-            f = [normalize(torch.cat(outputs)) for outputs in seen]                    # L x (2B, E)
-            share += torch.stack([saturated_share(f_l, labels, m) for f_l, m in zip(f, run.margins)])
+            if run.model.labels is not None:                                            # what was seen knows the label
+                for outputs in seen:
+                    outputs.clear()
+                with torch.no_grad():
+                    encode_neutral(run.model, run.normalise(x))
+            f, labels = [normalize(torch.cat(outputs)) for outputs in seen], y.repeat(sum(map(len, seen[0])) // len(y))
+            share += count_saturated(run, f, labels)
             probe.add(f[-1], labels)
             for outputs in seen:
                 outputs.clear()
-    run.val_generator.manual_seed(settings["seed"])                                    # the same views every epoch
-    val_loss, val_share, probe_accuracy = validate_encoder(run.model, *run.val, run.val_augment, settings, run.margins,
-                                                           probe)
-    row = {**by_layer("train_loss", loss / n), **by_layer("val_loss", val_loss),
-           **by_layer("train_saturated", share[:, 0] / share[:, 1]), **by_layer("val_saturated", val_share),
-           "probe": round(probe_accuracy, 2)}
-    return row, val_loss[-1].item()
+    run.val_generator.manual_seed(run.settings["seed"])                                 # the same views every epoch
+    val_loss, val_share, probe_accuracy = validate_encoder(run, probe)
+    L = len(run.model.layers)
+    row = {**by_layer("train_loss", loss / n, L), **by_layer("val_loss", val_loss, L)}
+    if run.margins:
+        row |= {**by_layer("train_saturated", share[:, 0] / share[:, 1], L),
+                **by_layer("val_saturated", val_share[:, 0] / val_share[:, 1], L)}
+    # the epoch is chosen by the last layer's loss; FF's by the sum over the layers but the first
+    chosen_by = val_loss[1:] if run.model.labels is not None and L > 1 else val_loss[-1:]
+    return row | {"probe": round(probe_accuracy, 2)}, chosen_by.sum().item()
+
+
+@torch.no_grad()
+def validate_encoder(run, probe):
+    """Stage 1 on validation data: each layer's mean loss (L,) or (1,), its saturated pairs, and the probe's accuracy in %."""
+    loss, share, correct, labels_seen, n, (images, y) = 0, 0, 0, 0, 0, run.val
+    for rows in batches(torch.arange(len(y), device=y.device), y, run.settings):
+        losses, f = validation_step(run, images[rows], y[rows])
+        labels = y[rows].repeat(len(f[-1]) // len(rows))
+        loss += len(rows) * losses
+        share += count_saturated(run, f, labels)
+        correct += probe.correct(f[-1], labels)
+        labels_seen += len(labels)
+        n += len(rows)
+    return loss / n, share, 100 * correct.item() / labels_seen
+
+
+def validation_step(run, x, y):
+    """A training step's losses, (L,) or (1,), on validation data and without training; each layer's f for the probe."""
+    settings, model, augment = run.settings, run.model, run.val_augment
+    if model.labels is not None:
+        x = augment(x)
+        G = [layer_goodness(model, x, labels) for labels in (y, wrong_labels(y, run.classes, run.val_generator))]    # (L, B) each
+        if settings["algo"] == "collab":
+            G = [G_l + gammas(G_l) for G_l in G]
+        return torch.stack([run.loss(g_pos, g_neg) for g_pos, g_neg in zip(*G)]), \
+            [normalize(f) for f in encode_neutral(model, x)]
+    views = 1 if settings["algo"] == "bp" else settings["views"]
+    pooled = [torch.cat(outputs) for outputs in zip(*[encode(model, augment(x)) for _ in range(views)])]   # L x (2B, E)
+    f, labels = [normalize(f_l) for f_l in pooled], y.repeat(views)
+    if settings["algo"] == "bp":
+        return cross_entropy(model.head(pooled[-1]), y)[None], f
+    if settings["algo"] == "scl":
+        return contrastive_loss(f[-1], labels, settings["temperature"])[None], f
+    return torch.stack([marginal_contrastive_loss(f_l, labels, m, settings["temperature"]) for f_l, m in zip(f, run.margins)]), f
 
 
 def head_epoch(run, optimizers, updates):
@@ -586,8 +659,9 @@ def head_epoch(run, optimizers, updates):
     images, y = run.val
     run.val_generator.manual_seed(run.settings["seed"])
     for rows in torch.arange(len(y), device=run.device).split(run.settings["batch_size"]):
-        val_loss += cross_entropy(predict(run.model, run.val_augment(images[rows]), run.settings["algo"]), y[rows],
-                                  reduction="sum")
+        with torch.no_grad():
+            scores = run.model.head(features(run.model, run.val_augment(images[rows])))
+        val_loss += cross_entropy(scores, y[rows], reduction="sum")
     row = {"train_loss_head": round((loss / n).item(), 6), "val_loss_head": round((val_loss / len(y)).item(), 6)}
     return row, row["val_loss_head"]
 
@@ -625,36 +699,48 @@ def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
 def train(run, optimizer_states=()):
     """Both stages and the test, from the start or from where `run` stands; writes and returns the result."""
     settings, state, model = run.settings, run.state, run.model
-    adamw = lambda module, rate: torch.optim.AdamW(module.parameters(), rate, weight_decay=settings["weight_decay"])
-    if state["stage"] == 1:
-        optimizers = [adamw(layer, settings["lr"]) for layer in model.layers]
+
+    def take_up(optimizers):                                # where an interrupted run left them
         for optimizer, old in zip(optimizers, optimizer_states):
             optimizer.load_state_dict(old)
-        train_stage(run, 1, optimizers, encoder_epoch, settings["epochs"], settings["lr"], settings["warmup"])
-        best = torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)
-        model.load_state_dict(best["model"])
-        state.update(stage=2, epoch=0, best=math.inf, encoder_epoch=state["best_epoch"])
-        optimizer_states = []
-    optimizers = [adamw(model.head, settings["head_lr"])]
-    for optimizer, old in zip(optimizers, optimizer_states):
-        optimizer.load_state_dict(old)
-    if state["epoch"] == 0:
-        run.save(optimizers, best=False)                    # the start of stage 2, should it stop before its first epoch
-    train_stage(run, 2, optimizers, head_epoch, settings["head_epochs"], settings["head_lr"])
-    best = torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)
-    model.load_state_dict(best["model"])
+        return optimizers
+
+    def take_best():                                        # the weights with the lowest validation loss
+        model.load_state_dict(torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)["model"])
+
+    two_stages = settings["head"] or settings["algo"] in ("cff", "cffm", "scl")         # the others need no head, or trained it
+    if state["stage"] == 1:
+        train_stage(run, 1, take_up(make_optimizers(model, settings)), encoder_epoch, settings["epochs"], settings["lr"],
+                    settings["warmup"])
+        take_best()
+        state["encoder_epoch"] = state["best_epoch"]
+        if two_stages:
+            state.update(stage=2, epoch=0, best=math.inf, best_epoch=0)
+            optimizer_states = []
+    if two_stages:
+        optimizers = take_up([torch.optim.AdamW(model.head.parameters(), settings["head_lr"], weight_decay=settings["weight_decay"])])
+        if state["epoch"] == 0:
+            run.save(optimizers, best=False)                # the start of stage 2, should it stop before its first epoch
+        train_stage(run, 2, optimizers, head_epoch, settings["head_epochs"], settings["head_lr"])
+        take_best()
     seconds = sum(row["seconds"] for row in state["log"])
-    result = {**{f"test_top{k}": value for k, value in accuracy(model, *run.test, run.normalise, settings["algo"]).items()},
-              "val_top1": accuracy(model, *run.val, run.normalise, settings["algo"])[1], "metric": METRIC[settings["dataset"]],
-              "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"], "seconds": round(seconds, 1)}
+    result = {**{f"test_top{k}": value for k, value in accuracy(model, *run.test, run.normalise, settings).items()},
+              "val_top1": accuracy(model, *run.val, run.normalise, settings)[1], "metric": METRIC[settings["dataset"]],
+              "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"] if two_stages else None,
+              "seconds": round(seconds, 1)}
     write(run.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return result
 
 
 # ------------------------------------------------------------------------------------------------------ what a run says
 
-def collapse_value(n, settings):
-    """The loss of a layer that gives every image the same output, for n images in batches: mean of ln(rows - 1)."""
+def collapse_value(n, settings, num_classes):
+    """The loss of a layer that gives every image the same output, for n images in batches.
+
+    Contrastive losses: mean of ln(rows - 1). FF, SymBa, Collab: ln 2, as equal goodness for true and wrong labels. BP: ln C.
+    """
+    if settings["algo"] in LABELS or settings["algo"] == "bp":
+        return math.log(num_classes if settings["algo"] == "bp" else 2)
     sizes = [len(rows) for rows in torch.arange(n).split(settings["batch_size"])]
     return sum(size * math.log(max(2, settings["views"] * size - 1)) for size in sizes) / n
 
@@ -666,11 +752,11 @@ def check_losses(run, row):
         raise SystemExit(f"train.py: {', '.join(bad)} is not a number in epoch {row['epoch']}; a smaller --lr, with another "
                          "--out, may help")
     if row["stage"] == 1 and row["epoch"] == 3:
-        value = collapse_value(len(run.train[1]), run.settings)
-        for l in range(1, len(run.model.layers) + 1):
-            if abs(row[f"train_loss_{l}"] - value) < 0.01:
-                print(f"Layer {l} has collapsed: its loss {row[f'train_loss_{l}']:.3f} is that of equal outputs for all images, "
-                      f"ln(rows - 1) = {value:.3f}. A smaller --lr or --position-std, or a --warmup, may help.")
+        value = collapse_value(len(run.train[1]), run.settings, run.classes)
+        for column in (column for column in row if column.startswith("train_loss")):
+            if abs(row[column] - value) < 0.01:
+                print(f"Layer {column.split('_')[-1]} has collapsed: its loss {row[column]:.3f} is that of equal outputs for all "
+                      f"images, {value:.3f}. Another --lr, a smaller --position-std, or a --warmup, may help.")
 
 
 def show_start(run, stage):
@@ -679,8 +765,10 @@ def show_start(run, stage):
     if stage == 1:
         print(f"{s['algo']} with {s['model']} on {s['dataset']}: {train_n} training, {val_n} validation, {test_n} test images, "
               f"seed {s['seed']}, {run.device}; run folder {run.folder}\n"
-              "Stage 1, the encoder: training loss of each layer | share of saturated pairs |R|/|P| in the first and the last "
-              "layer | validation loss of the last layer | validation accuracy of a linear probe on it")
+              f"Stage 1: training loss of {'the last' if s['algo'] in END_TO_END else 'each'} layer | "
+              + ("share of saturated pairs |R|/|P| in the first and the last layer | " if run.margins else "")
+              + "validation loss of the last layer | validation accuracy of a linear probe on it"
+              + (" (neutral label)" if s["algo"] in LABELS else ""))
     else:
         print("Stage 2, the linear head: training cross-entropy | validation cross-entropy")
 
@@ -689,12 +777,12 @@ def show_row(row, epochs):
     """One line an epoch."""
     train_losses = [value for column, value in row.items() if column.startswith("train_loss")]
     text = f"{row['epoch']:4d}/{epochs}  " + " ".join(f"{value:6.3f}" for value in train_losses)
+    shares = [value for column, value in row.items() if column.startswith("train_saturated")]
+    if shares:
+        text += f" | {shares[0]:5.1%} {shares[-1]:5.1%}"
+    text += f" | {[value for column, value in row.items() if column.startswith('val_loss')][-1]:6.3f}"
     if row["stage"] == 1:
-        L = len(train_losses)
-        text += f" | {row['train_saturated_1']:5.1%} {row[f'train_saturated_{L}']:5.1%} | {row[f'val_loss_{L}']:6.3f}" \
-                f" | {row['probe']:5.1f} %"
-    else:
-        text += f" | {row['val_loss_head']:6.3f}"
+        text += f" | {row['probe']:5.1f} %"
     clear = "\r\x1b[K" if sys.stdout.isatty() else ""
     print(f"{clear}{text}  {row['seconds']:6.1f} s", flush=True)
 
@@ -704,7 +792,7 @@ def show_progress(run, stage, step, steps, epochs, seconds):
     settings = run.settings
     left = seconds / step * (steps * (epochs - run.state["epoch"]) - step)
     if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu":
-        # an update of stage 2 is one forward pass, one of stage 1 a forward and a backward pass (twice the work) of each view
+        # an update of stage 2 is one forward pass, one of CFF's stage 1 a forward and a backward pass (twice the work) of each view
         total = left + seconds / step * steps * settings["head_epochs"] / (3 * settings["views"])
         if total > 1800:
             print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with --model "

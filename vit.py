@@ -10,6 +10,8 @@ A model is a list of local layers, each trained by its own loss; data flows thro
         h = layer(h)                       # (B, P, E)      model.pool(h), (B, E), is normalised for the loss, Eq. 13
     scores = model.head(model.pool(h))     # (B, classes)
 
+Models for FF, SymBa and Collab are built with `labels` and get the label with the image: model.patches(images, y).
+
     >>> model = build_model("ViT[128 4 5]", image_shape=(3, 32, 32), num_classes=10)
 """
 import re
@@ -72,6 +74,25 @@ class EncoderLayer(nn.Module):
         return self.mlp(self.norm2(z)) + z                                              # f = MLP(LN(z)) + z
 
 
+# ----------------------------------------------------------------------------------------------- labels as inputs (Fig. 2)
+
+def label_table(num_classes, size, one_hot=False):
+    """What stands for each class at the input, (classes + 1, size): one-hot (Fig. 2b) or random and fixed (Fig. 2c).
+
+    The last row, which y = -1 finds, is the neutral label: zeros.
+    """
+    table = torch.eye(num_classes, size) if one_hot else torch.randn(num_classes, size)
+    return torch.cat([table, torch.zeros(1, size)])
+
+
+def label_rows(labels, y):
+    """Rows of the model's label table for labels y (B,), None for none; ValueError if the model needs y, or has no table."""
+    if (labels is None) != (y is None):
+        raise ValueError("this model was built without labels: it takes images alone" if labels is None else
+                         "this model was built with labels: it takes images and y, -1 for the neutral label")
+    return None if y is None else labels[y]
+
+
 # -------------------------------------------------------------------------------------------------------- the models
 
 class PatchEmbedding(nn.Module):
@@ -96,25 +117,28 @@ class PatchEmbedding(nn.Module):
 class ViT(nn.Module):
     """ViT[E H L]: L local layers, the first with projection and position inside (Section 3.4).
 
-    pool: "mean" over the patches (Eq. 13) or "token", the class token's output (Table 5).
+    pool: "mean" over the tokens (Eq. 13) or "token", the class token's output (Table 5). labels: None, or for FF, SymBa
+    and Collab any other value: a random, fixed label patch for each class stands before the image's (Algorithm 1, right).
     Raises ValueError if heads do not divide E, patches do not divide the image, or for another pool.
     """
 
     def __init__(self, image_shape, num_classes, embed_dim, num_heads, num_layers, patch_size=4, pool="mean",
-                 position_std=1.0):
+                 position_std=1.0, labels=None):
         super().__init__()
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         self.patch_size, self.pooling = patch_size, pool
         _, num_patches, patch_dim = patchify(torch.zeros(1, *image_shape), patch_size).shape
-        embedding = PatchEmbedding(patch_dim, num_patches, embed_dim, pool == "token", position_std)
+        self.register_buffer("labels", label_table(num_classes, patch_dim) if labels else None)
+        embedding = PatchEmbedding(patch_dim, num_patches + bool(labels), embed_dim, pool == "token", position_std)
         self.layers = nn.ModuleList(EncoderLayer(embed_dim, num_heads) for _ in range(num_layers))
         self.layers[0] = nn.Sequential(embedding, self.layers[0])
-        self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_classes))
+        self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
-    def patches(self, images):
-        """The input of layer 1: (B, C, H, W) -> (B, P, C*p*p)."""
-        return patchify(images, self.patch_size)
+    def patches(self, images, y=None):
+        """The input of layer 1: (B, C, H, W) -> (B, P, C*p*p); with the label patch of y in front (B, P + 1, C*p*p)."""
+        x, label = patchify(images, self.patch_size), label_rows(self.labels, y)
+        return x if y is None else torch.cat([label[:, None], x], dim=1)
 
     def pool(self, h):
         """A layer's output, one vector an image: (B, P, E) -> (B, E). Eq. 13: f_i = 1/P sum_j f_ij."""
@@ -122,33 +146,54 @@ class ViT(nn.Module):
 
 
 class MLP(nn.Module):
-    """MLP[E L]: L local layers of linear + ReLU on flat pixels (Section 4, Models)."""
+    """MLP[E L]: L local layers of linear + ReLU on flat pixels, D = C*H*W (Section 4, Models).
 
-    def __init__(self, image_shape, num_classes, embed_dim, num_layers):
+    labels: None; "one-hot": the label of y replaces the first pixels (FF and Collab, Fig. 2b); "random": a random, fixed
+    vector of length D for each class follows the pixels (SymBa, Fig. 2c and Eq. 4). Raises ValueError for more classes than D.
+    """
+
+    def __init__(self, image_shape, num_classes, embed_dim, num_layers, labels=None):
         super().__init__()
-        widths = [torch.Size(image_shape).numel()] + num_layers * [embed_dim]
+        D = torch.Size(image_shape).numel()
+        if num_classes > D:
+            raise ValueError(f"{num_classes} classes do not fit into the first pixels of an image of {D}")
+        self.one_hot = labels == "one-hot"
+        self.register_buffer("labels", label_table(num_classes, num_classes if self.one_hot else D, self.one_hot) if labels else None)
+        widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(D, E), nn.ReLU()) for D, E in zip(widths, widths[1:]))
-        self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_classes))
+        self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
-    def patches(self, images):
-        """The input of layer 1: (B, C, H, W) -> (B, C*H*W)."""
-        return images.flatten(1)
+    def patches(self, images, y=None):
+        """The input of layer 1: (B, C, H, W) -> (B, D); with labels y normalised to length 1, (B, D) or SymBa's (B, 2D)."""
+        x, label = images.flatten(1), label_rows(self.labels, y)
+        if y is None:
+            return x
+        return F.normalize(torch.cat([label, x[:, label.shape[1]:]] if self.one_hot else [x, label], dim=1))
 
     def pool(self, h):
         """(B, E) -> (B, E): one vector an image already."""
         return h
 
 
-def build_model(name, image_shape, num_classes, patch_size=4, pool="mean", position_std=1.0):
+def linear_head(embed_dim, num_layers, num_classes, labels):
+    """LayerNorm + linear on the last layer's output; with labels on those of all layers but the first (Table 2), if there are more."""
+    width = embed_dim * max(1, num_layers - 1) if labels else embed_dim
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+
+
+def build_model(name, image_shape, num_classes, patch_size=4, pool="mean", position_std=1.0, labels=None):
     """A ViT or MLP from its name in the paper's notation, "ViT[128 4 5]" or "MLP[800 4]", or "vit-128-4-5", "mlp-800-4".
 
-    image_shape (C, H, W). patch_size, pool and position_std matter to a ViT alone. Raises ValueError for another name,
-    and as `ViT` does.
+    image_shape (C, H, W). patch_size, pool and position_std matter to a ViT alone. labels: None (CFF, SCL, BP), "one-hot"
+    (FF, Collab) or "random" (SymBa), how images carry labels; on a ViT both are random patches. Raises ValueError for
+    another name or another kind of labels, and as `ViT` and `MLP` do.
     """
     match = re.fullmatch(r"(vit|mlp)((?:-[1-9]\d*)+|\[[1-9]\d*(?: [1-9]\d*)+\])", name.lower())
     kind, sizes = (match[1], [int(size) for size in re.findall(r"\d+", match[2])]) if match else ("", [])
     if (kind, len(sizes)) not in (("vit", 3), ("mlp", 2)):
         raise ValueError(f'a model is named "ViT[E H L]" or "vit-E-H-L", "MLP[E L]" or "mlp-E-L"; got {name!r}')
+    if labels not in (None, "one-hot", "random"):
+        raise ValueError(f'labels must be None, "one-hot" or "random"; got {labels!r}')
     if kind == "mlp":
-        return MLP(image_shape, num_classes, *sizes)
-    return ViT(image_shape, num_classes, *sizes, patch_size, pool, position_std)
+        return MLP(image_shape, num_classes, *sizes, labels)
+    return ViT(image_shape, num_classes, *sizes, patch_size, pool, position_std, labels)

@@ -5,6 +5,7 @@
 
 Each loss stands beside a slow, obvious twin in float64; each gradient beside automatic differentiation of that twin.
 """
+import copy
 import csv
 import json
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from torch.nn.functional import cross_entropy, normalize, one_hot, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize, one_hot, pad, softplus
 from torchvision.transforms import autoaugment
 from torchvision.transforms.functional import to_pil_image
 
@@ -60,6 +61,111 @@ def slow_loss(f, y, m, tau):
 def close(got, expected, what, tolerance=1e-10):
     """Assert in words: which equation, what was expected, what came."""
     assert torch.allclose(got, expected, rtol=0, atol=tolerance), f"{what}: expected {expected}; got {got}"
+
+
+# ------------------------------------------------------------------------------------- Section 3.1: Eqs. 1 and 2, Section 3.3: Eq. 7
+
+def goodness_pair(seed=0, B=6):
+    """Goodness (B,) with the true and with a wrong label, in float64, far from 0 as well."""
+    g = torch.Generator().manual_seed(seed)
+    return 4 * torch.rand(2, B, dtype=torch.float64, generator=g)
+
+
+def test_eq1_goodness_is_the_mean_of_squares():
+    h = torch.tensor([[1.0, 2.0, -2.0], [0.0, 3.0, 0.0]])
+    close(losses.goodness(h), torch.tensor([9 / 3, 9 / 3]), "Eq. 1 / E", 0)
+
+
+@pytest.mark.parametrize("threshold", [2.0, 0.5])
+def test_eq2_is_binary_cross_entropy_with_logits(threshold):
+    g_pos, g_neg = goodness_pair().requires_grad_()
+    expected = sum(torch.log(1 + torch.exp(threshold - p)) + torch.log(1 + torch.exp(n - threshold)) for p, n in zip(g_pos, g_neg))
+    close(losses.ff_loss(g_pos, g_neg, threshold), expected / 12, "Eq. 2, the mean of its 2B terms")
+    logits, real = torch.cat([g_pos, g_neg]) - threshold, torch.arange(12) < 6
+    close(losses.ff_loss(g_pos, g_neg, threshold), binary_cross_entropy_with_logits(logits, real.double()), "Eq. 2")
+    assert losses.ff_loss(torch.tensor([-1e4]), torch.tensor([1e4])) == 1e4, "log(1 + exp) must not overflow"
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0])
+def test_eq7_is_softplus_of_the_difference(alpha):
+    g_pos, g_neg = goodness_pair()
+    close(losses.symba_loss(g_pos, g_neg, alpha), softplus(alpha * (g_neg - g_pos)).mean(), "Eq. 7")
+    expected = sum(torch.log(1 + torch.exp(-alpha * (p - n))) for p, n in zip(g_pos, g_neg)) / 6
+    close(losses.symba_loss(g_pos, g_neg, alpha), expected, "Eq. 7, the mean over the batch")
+
+
+# ------------------------------------------------------------------------ Section 3.3: from FF to CFF, Eqs. 4-6 and 8-12
+
+def drawn_loss(f, i, p, n):
+    """Eq. 9 for anchor i and the drawn p in P(i), n in N(i)."""
+    return -torch.log(torch.exp(f[i] @ f[p]) / (torch.exp(f[i] @ f[p]) + torch.exp(f[i] @ f[n])))
+
+
+def mean_exp(f, i, rows):
+    """Eq. 10: the mean of exp(f_i . f_j) over the rows j that can be drawn."""
+    return sum(torch.exp(f[i] @ f[j]) for j in rows) / len(rows)
+
+
+def test_eq4_the_goodness_of_image_and_label_vector_side_by_side():
+    model = vit.build_model("mlp-5-2", (1, 2, 3), 4, labels="random")
+    x, y = torch.randn(2, 1, 2, 3), torch.tensor([3, 1])
+    joined = torch.stack([torch.cat([x[i].flatten(), model.labels[y[i]]]) for i in range(2)])          # [x_i; s_i], 2D
+    f = model.layers[0](joined / joined.norm(dim=1, keepdim=True))
+    close(cff.layer_goodness(model, x, y)[0], (f.norm(dim=1) ** 2 / 5).detach(), "Eq. 4 / E", 1e-6)
+
+
+def test_eq5_and_eq6_goodness_as_similarity_to_a_label():
+    f, y = batch(0)
+    s = f @ f.T
+    for i in range(len(y)):                                         # Eq. 5 with an image of a class as its label is Eq. 6
+        P, N = sets(y, i)
+        close(s[i, P[0]], f[i] @ f[P[0]], "Eq. 6, G^pos")
+        close((f[i] + f[P[0]]).norm() ** 2, 2 + 2 * s[i, P[0]], "with ||f|| = 1, the squared length of a sum grows with Eq. 6")
+
+
+def test_eq8_is_eq7_at_alpha_1():
+    g_pos, g_neg = goodness_pair()
+    eq8 = -torch.log(torch.exp(g_pos) / (torch.exp(g_pos) + torch.exp(g_neg)))
+    close(losses.symba_loss(g_pos, g_neg, alpha=1.0), eq8.mean(), "Eq. 8")
+
+
+def test_eq9_is_eq8_with_the_goodness_of_eq6():
+    f, y = batch(0)
+    p, n = zip(*[(sets(y, i)[0][0], sets(y, i)[1][0]) for i in range(len(y))])
+    g_pos, g_neg = (f * f[list(p)]).sum(dim=1), (f * f[list(n)]).sum(dim=1)                            # Eq. 6
+    eq9 = sum(drawn_loss(f, i, p[i], n[i]) for i in range(len(y))) / len(y)
+    close(losses.symba_loss(g_pos, g_neg), eq9, "Eq. 9")
+
+
+def test_eq11_has_the_means_of_eq10_inside_and_is_not_the_mean_of_eq9():
+    (f, y), differences = batch(0), []
+    for i in range(len(y)):
+        P, N = sets(y, i)
+        a, b = mean_exp(f, i, P), mean_exp(f, i, N)
+        draws = [torch.exp(f[i] @ f[p]) for p in P]
+        close(a, torch.stack(draws).mean(), "Eq. 10, the expectation over the draws of p")
+        eq11 = -torch.log(sum(torch.exp(f[i] @ f[p]) for p in P) / len(P) / (
+            sum(torch.exp(f[i] @ f[p]) for p in P) / len(P) + sum(torch.exp(f[i] @ f[n]) for n in N) / len(N)))
+        close(-torch.log(a / (a + b)), eq11, "Eq. 11")
+        differences.append(sum(drawn_loss(f, i, p, n) for p in P for n in N) / len(P) / len(N) - eq11)
+    assert max(map(abs, differences)) > 0.01, "the average of Eq. 9 over its draws is another number"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eq12_minus_eq11_lies_between_ln_P_and_ln_N(seed):
+    f, y = batch(seed)
+    differences = []
+    for i in range(len(y)):
+        P, N = sets(y, i)
+        if P:
+            a, b = mean_exp(f, i, P), mean_exp(f, i, N)
+            eq12 = -torch.log(a / (len(P) * a + len(N) * b))
+            differences.append(eq12 + torch.log(a / (a + b)))
+            low, high = sorted([math.log(len(P)), math.log(len(N))])
+            assert low <= differences[-1] <= high, f"anchor {i}: {differences[-1]} is not in {low}..{high}"
+    eq11 = sum(-torch.log(mean_exp(f, i, P) / (mean_exp(f, i, P) + mean_exp(f, i, N)))
+               for i in range(len(y)) for P, N in [sets(y, i)] if P) / len(differences)
+    close(losses.inner_contrastive_loss(f, y, 1.0), eq11 + sum(differences) / len(differences), "Eq. 12 = Eq. 11 + the differences")
 
 
 # ------------------------------------------------------------------------------------------ Section 3.1: Eqs. 3 and 12
@@ -420,6 +526,57 @@ def test_model_errors_say_what_does_not_fit():
         vit.build_model("vit-8-2-1", (3, 8, 8), 10, patch_size=3)
     with pytest.raises(ValueError, match="pool"):
         vit.build_model("vit-8-2-1", (3, 8, 8), 10, pool="max")
+    with pytest.raises(ValueError, match="labels must be"):
+        vit.build_model("vit-8-2-1", (3, 8, 8), 10, labels="patch")
+    with pytest.raises(ValueError, match="200 classes do not fit into the first pixels of an image of 192"):
+        vit.build_model("mlp-8-2", (3, 8, 8), 200, labels="one-hot")
+    with pytest.raises(ValueError, match="takes images alone"):
+        vit.build_model("mlp-8-2", (3, 8, 8), 10).patches(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="takes images and y"):
+        vit.build_model("mlp-8-2", (3, 8, 8), 10, labels="one-hot").patches(torch.randn(2, 3, 8, 8))
+
+
+# ---------------------------------------------------------------------------------------------- Fig. 2: labels as inputs
+
+def test_fig2_label_patch_of_a_vit_stands_in_front():
+    model = vit.build_model("vit-8-2-2", (3, 8, 8), 10, labels="one-hot")
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([7, 0, 7, -1])
+    patches = model.patches(x, y)
+    assert patches.shape == (4, 5, 48) and torch.equal(patches[:, 1:], vit.patchify(x, 4))
+    assert torch.equal(patches[0, 0], patches[2, 0]) and not torch.equal(patches[0, 0], patches[1, 0])
+    assert not patches[3, 0].any(), "the neutral label is zeros"
+    other = model.patches(torch.randn(1, 3, 8, 8), torch.tensor([7]))
+    assert torch.equal(other[0, 0], patches[0, 0]), "a label patch does not depend on the batch"
+    assert model.layers[0](patches).shape == (4, 5, 8)
+    token = vit.build_model("vit-8-2-2", (3, 8, 8), 10, pool="token", labels="random")
+    assert token.layers[0](token.patches(x, y)).shape == (4, 6, 8), "class token, label patch, four patches"
+
+
+def test_fig2b_one_hot_replaces_the_first_pixels_of_an_mlps_input():
+    model = vit.build_model("mlp-8-2", (1, 4, 4), 3, labels="one-hot")
+    x, y = torch.randn(3, 1, 4, 4), torch.tensor([2, 0, -1])
+    expected = x.flatten(1).clone()
+    expected[:, :3] = torch.tensor([[0, 0, 1.0], [1, 0, 0], [0, 0, 0]])
+    close(model.patches(x, y), expected / expected.norm(dim=1, keepdim=True), "Fig. 2b", 1e-6)
+
+
+def test_fig2c_a_random_vector_follows_the_pixels():
+    model = vit.build_model("mlp-8-2", (1, 4, 4), 3, labels="random")
+    x, y = torch.randn(3, 1, 4, 4), torch.tensor([2, 0, -1])
+    expected = torch.cat([x.flatten(1), torch.stack([model.labels[2], model.labels[0], torch.zeros(16)])], dim=1)
+    close(model.patches(x, y), expected / expected.norm(dim=1, keepdim=True), "Fig. 2c", 1e-6)
+    assert model.layers[0][0].weight.shape == (8, 32) and model.layers[1][0].weight.shape == (8, 8)
+
+
+@pytest.mark.parametrize("name, labels", [("vit-8-2-2", "random"), ("mlp-8-2", "random"), ("mlp-8-2", "one-hot")])
+def test_fig2_labels_of_200_classes_differ_are_saved_and_stay(name, labels):
+    model = vit.build_model(name, (3, 16, 16), 200, labels=labels)
+    table = model.labels[:200]
+    distances = torch.cdist(table, table) + 1e9 * torch.eye(200)
+    assert distances.min() > 1 and not model.labels[200].any()
+    assert torch.equal(model.state_dict()["labels"], model.labels), "part of the saved model"
+    assert "labels" not in dict(model.named_parameters()), "fixed: no optimizer reaches it"
+    assert vit.build_model(name, (3, 16, 16), 200).labels is None
 
 
 # -------------------------------------------------------------------------------------- Section 3.3: Algorithm 1, left
@@ -538,16 +695,167 @@ def test_prediction_is_one_forward_pass(small):
     close(cff.predict(model, x, "cff"), model.head(h.mean(dim=1)), "scores")
 
 
-def test_bp_step_trains_every_layer(small):
+def test_fig1_bp_and_scl_are_not_local(small):
+    model, _, x, y, augment = small
+    cff.bp_step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, augment)
+    assert all(p.grad.abs().sum() > 0 for module in [*model.layers, model.head] for p in [*module.parameters()][-2:])
+    model.zero_grad()
+    head = weights(model.head)
+    cff.scl_step(model, torch.optim.SGD(model.layers.parameters(), lr=0.1), x, y, augment, 0.15)
+    assert all(p.grad.abs().sum() > 0 for layer in model.layers for p in [*layer.parameters()][-2:])
+    assert same(head, weights(model.head)) and all(p.grad is None for p in model.head.parameters())
+
+
+@pytest.mark.parametrize("method", ["bp", "scl"])
+def test_fig1_bp_step_and_scl_step_are_plain_pytorch(small, method):
     model, _, x, y, _ = small
     twin = vit.build_model("vit-8-2-3", (3, 8, 8), 3).double()
     twin.load_state_dict(model.state_dict())
-    got = cff.bp_step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, lambda x: x)
-    loss = cross_entropy(twin.head(twin.layers[2](twin.layers[1](twin.layers[0](twin.patches(x)))).mean(dim=1)), y)
+    encoder = lambda x: twin.layers[2](twin.layers[1](twin.layers[0](twin.patches(x)))).mean(dim=1)
+    if method == "bp":
+        got = cff.bp_step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, lambda x: x)
+        loss = cross_entropy(twin.head(encoder(x)), y)
+    else:
+        draws = iter([x + 0.1, x - 0.1])
+        got = cff.scl_step(model, torch.optim.SGD(model.layers.parameters(), lr=0.1), x, y, lambda x: next(draws), 0.15)
+        loss = slow_loss(normalize(torch.cat([encoder(x + 0.1), encoder(x - 0.1)])), y.repeat(2), 0.0, 0.15)
     loss.backward()
-    close(got, loss, "cross-entropy")
+    close(got, loss.detach(), "the loss")
     for p, q in zip(model.parameters(), twin.parameters()):
-        close(p, q - 0.1 * q.grad, "one step of SGD")
+        close(p, q - 0.1 * q.grad if q.grad is not None else q, "one step of SGD")
+
+
+# ------------------------------------------------------------------- Section 3.3: Algorithm 1, right; SymBa; FF Collab
+
+@pytest.fixture(params=["vit-8-2-3", "mlp-8-3"])
+def labelled(request):
+    """As `small`, with labels at the input."""
+    torch.manual_seed(0)
+    model = vit.build_model(request.param, (3, 8, 8), 3, labels="one-hot").double()
+    optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in model.layers]
+    x, y = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    return model, optimizers, x, y, lambda x: x + 0.1 * torch.randn_like(x)
+
+
+def goodness_by_hand(model, x, y):
+    """G of Algorithm 1's forward pass, (L, B): mean over tokens, mean of squares; outputs over their norm go on."""
+    h, G = model.patches(x, y), []
+    for layer in model.layers:
+        f = layer(h)
+        G.append(((f.mean(dim=1) if f.dim() == 3 else f) ** 2).mean(dim=1))
+        h = torch.stack([f_i / (f_i ** 2).sum().sqrt() for f_i in f])
+    return torch.stack(G).detach()
+
+
+def test_wrong_labels_are_never_right_uniform_and_seeded():
+    y = torch.arange(20000) % 5
+    wrong = cff.wrong_labels(y, 5, torch.Generator().manual_seed(0))
+    counts = torch.bincount(5 * y + wrong, minlength=25).view(5, 5)
+    assert not counts.diagonal().any(), "a wrong label must not be the true one"
+    others = counts[~torch.eye(5, dtype=torch.bool)]
+    assert (others - 1000).abs().max() < 5 * 1000 ** 0.5, f"each other class 1000 times: {others.tolist()}"
+    assert torch.equal(wrong, cff.wrong_labels(y, 5, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("method", ["ff", "symba", "collab"])
+def test_algorithm1_right_line_by_line(labelled, method):
+    model, optimizers, x, y, _ = labelled
+    twin = copy.deepcopy(model)
+    y_wrong = cff.wrong_labels(y, 3, torch.Generator().manual_seed(5))
+    step = {"ff": lambda *a: cff.ff_step(*a, losses.ff_loss, torch.Generator().manual_seed(5)),
+            "symba": lambda *a: cff.ff_step(*a, losses.symba_loss, torch.Generator().manual_seed(5)),
+            "collab": lambda *a: cff.collab_step(*a, 2.0, torch.Generator().manual_seed(5))}[method]
+    got = step(model, optimizers, x, y, lambda x: x + 1)
+    G1, G2 = goodness_by_hand(twin, x + 1, y), goodness_by_hand(twin, x + 1, y_wrong)
+    x1, x2, expected = twin.patches(x + 1, y), twin.patches(x + 1, y_wrong), []
+    for l, layer in enumerate(twin.layers):
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+        f1, f2 = layer(x1), layer(x2)
+        g1, g2 = (((f.mean(dim=1) if f.dim() == 3 else f) ** 2).mean(dim=1) for f in (f1, f2))
+        if method == "collab":
+            g1, g2 = (g + sum(G[k] for k in range(3) if k != l) for g, G in ((g1, G1), (g2, G2)))
+        loss = torch.log(1 + torch.exp(g2 - g1)).mean() if method == "symba" else \
+            (torch.log(1 + torch.exp(2 - g1)) + torch.log(1 + torch.exp(g2 - 2))).mean() / 2
+        loss.backward()
+        optimizer.step()
+        x1, x2 = (torch.stack([f_i / (f_i ** 2).sum().sqrt() for f_i in f]).detach() for f in (f1, f2))
+        expected.append(loss.detach())
+    assert got.shape == (3,) and not got.requires_grad
+    close(got, torch.stack(expected), f"the losses of the layers, {method}")
+    for name, value in model.state_dict().items():
+        close(value, twin.state_dict()[name], name, 1e-8)
+
+
+def test_collab_gammas_of_three_layers_by_hand():
+    G = torch.tensor([[1.0, 0.5], [2.0, 0.25], [4.0, 0.0]], requires_grad=True)          # three layers, two samples
+    expected = torch.tensor([[2 + 4, 0.25 + 0], [1 + 4, 0.5 + 0], [1 + 2, 0.5 + 0.25]])
+    gamma = cff.gammas(G)
+    close(gamma, expected, "gamma_l, the goodness of the other two layers", 0)
+    assert not gamma.requires_grad, "gamma is detached"
+    logits = G.detach() + gamma - 2.0                                                   # G_l + gamma_l - theta
+    close(logits, torch.tensor([7.0, 0.75]).expand(3, 2) - 2.0, "every layer's logit is the sum of all goodness - theta", 0)
+
+
+@pytest.mark.parametrize("method", ["ff", "symba", "collab"])
+def test_ff_symba_and_collab_are_local(labelled, method):
+    model, optimizers, x, y, augment = labelled
+    for l, optimizer in enumerate(optimizers):
+        step = optimizer.step
+
+        def step_and_look(l=l, step=step):
+            holds = [any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters()) for layer in model.layers]
+            assert holds == [other == l for other in range(3)], f"loss {l + 1} gave gradients to layers {holds}"
+            step()
+            optimizers[l].zero_grad()
+
+        optimizer.step = step_and_look
+    before, head = weights(model.layers), weights(model.head)
+    if method == "collab":
+        cff.collab_step(model, optimizers, x, y, augment)
+    else:
+        cff.ff_step(model, optimizers, x, y, augment, {"ff": losses.ff_loss, "symba": losses.symba_loss}[method])
+    after = weights(model.layers)
+    assert all(any(not torch.equal(before[name], after[name]) for name in after if name.startswith(f"{l}.")) for l in range(3))
+    assert same(head, weights(model.head))
+
+
+def test_prediction_sums_the_goodness_over_the_layers():
+    """Two classes, two layers; the first layer is sure of class 0, the last prefers class 1 a little."""
+    model = vit.build_model("mlp-2-2", (1, 1, 4), 2, labels="one-hot").double()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer[0].weight.zero_(), layer[0].bias.zero_()
+        model.layers[0][0].weight[:, :2] = torch.tensor([[12.0, 0.0], [0.0, 4.0]])       # reads the label
+        model.layers[1][0].weight[:] = torch.tensor([[1.0, 0.0], [0.0, 2.0]])            # unit inputs: class 1 gets more
+    x = torch.tensor([[0.0, 0.0, 3.0, 4.0]], dtype=torch.float64).view(1, 1, 1, 4)
+    G = [goodness_by_hand(model, x, torch.tensor([c]))[:, 0] for c in (0, 1)]
+    assert G[0][1] < G[1][1] and G[0].sum() > G[1].sum(), "the last layer alone would answer 1, the sum answers 0"
+    close(cff.predict(model, x, "ff"), torch.stack([g.sum() for g in G])[None], "goodness, summed over the layers")
+    close(cff.predict(model, x, "ff", skip_first=True), torch.stack([g[1:].sum() for g in G])[None], "without the first layer")
+
+
+def test_prediction_has_one_pass_for_each_class(labelled):
+    model, _, x, y, _ = labelled
+    expected = torch.stack([goodness_by_hand(model, x, torch.full((6,), c)).sum(dim=0) for c in range(3)], dim=1)
+    for algo in ("ff", "symba", "collab"):
+        close(cff.predict(model, x, algo), expected, "column c holds the goodness with label c")
+    with pytest.raises(ValueError, match="algo must be"):
+        cff.predict(model, x, "hebb")
+
+
+def test_table2_the_head_reads_all_layers_but_the_first_with_the_neutral_label(labelled):
+    model, _, x, y, _ = labelled
+    h, pooled = model.patches(x, torch.full((6,), -1)), []
+    for layer in model.layers:
+        f = layer(h)
+        pooled.append(f.mean(dim=1) if f.dim() == 3 else f)
+        h = torch.stack([f_i / (f_i ** 2).sum().sqrt() for f_i in f])
+    close(cff.predict(model, x, "ff", head=True), model.head(torch.cat(pooled[1:], dim=1)), "scores of the head")
+    before, labels = [weights(layer) for layer in model.layers], model.labels.clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    history = [cff.head_step(model, optimizer, x, y, lambda x: x) for _ in range(20)]
+    assert history[-1] < history[0] and all(same(old, weights(layer)) for old, layer in zip(before, model.layers))
+    assert torch.equal(model.labels, labels)
 
 
 def test_training_by_hand_derived_gradients_follows_autograd(monkeypatch):
@@ -748,13 +1056,47 @@ def test_train_and_eval_from_the_command_line(tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--algo", "cff"], ["--views", "1"], ["--pool", "token"], ["--augment", "crop+randaug"], ["--model", "MLP[16 2]"],
     ["--missing", "0.5", "--label-noise", "0.2"], ["--recipe", "short", "--batch-size", "64"],
+    ["--algo", "scl"], ["--algo", "ff", "--head"], ["--algo", "symba", "--head", "--model", "mlp-16-2"],
 ], ids=" ".join)
 def test_settings_of_the_tables_train_and_test(tmp_path, flags):
     out = tmp_path / "run"
     run_main(*SMALL, "--limit", 225, "--epochs", 1, "--head-epochs", 1, "--patch-size", 16, *flags, "--out", out)
     rows, result = read_log(out), json.loads((out / "result.json").read_text())
-    assert [row["stage"] for row in rows] == ["1", "2"] and all(float(rows[0][f"val_loss_{l}"]) > 0 for l in (1, 2))
+    layers = (2,) if "scl" in flags else (1, 2)
+    assert [row["stage"] for row in rows] == ["1", "2"] and all(float(rows[0][f"val_loss_{l}"]) > 0 for l in layers)
     assert evaluation.evaluate(out) == {k: result[f"test_top{k}"] for k in (1, 5, 10)}
+
+
+@pytest.mark.parametrize("model", ["vit-16-2-2", "mlp-16-2"])
+@pytest.mark.parametrize("algo", ["ff", "symba", "collab", "bp"])
+def test_methods_without_a_second_stage(tmp_path, algo, model):
+    out = tmp_path / "run"
+    run_main(*SMALL, "--limit", 225, "--patch-size", 16, "--algo", algo, "--model", model, "--views", 1, "--out", out)
+    rows, result = read_log(out), json.loads((out / "result.json").read_text())
+    assert [row["stage"] for row in rows] == ["1", "1", "1"] and 0 <= float(rows[0]["probe"]) <= 100
+    assert [f"val_loss_{l}" in rows[0] for l in (1, 2)] == [algo != "bp", True] and "val_saturated_1" not in rows[0]
+    assert evaluation.evaluate(out) == {k: result[f"test_top{k}"] for k in (1, 5, 10)}
+    if algo == "collab":                                            # the logit of each layer is the sum of all goodness
+        assert all(row["val_loss_1"] == row["val_loss_2"] for row in rows)
+
+
+@pytest.mark.parametrize("algo", ["cff", "ff", "symba", "collab", "scl", "bp"])
+def test_validation_loss_is_the_training_loss_without_training(algo):
+    run = train.Run(settings_of("--model", "mlp-16-3", "--limit", 180, "--algo", algo, "--augment", "none", "--seed", 3))
+    x, y = run.train
+    before = weights(run.model)
+    run.val_generator.set_state(run.generator.get_state())          # the same wrong labels
+    measured, f = train.validation_step(run, x, y)
+    assert same(before, weights(run.model)) and f[-1].shape[1] == 16
+    trained = train.make_step(run, train.make_optimizers(run.model, run.settings))(x, y)
+    close(measured.detach(), trained.reshape(-1), f"the losses of {algo}", 1e-6)
+
+
+def test_ff_chooses_the_epoch_by_all_layers_but_the_first(monkeypatch):
+    run = train.Run(settings_of("--model", "mlp-16-3", "--limit", 180, "--algo", "ff"))
+    monkeypatch.setattr(train, "validate_encoder", lambda run, probe: (torch.tensor([8.0, 1.0, 2.0]), 0, 50.0))
+    batch = (run.train[0], run.train[1])
+    assert train.encoder_epoch(run, train.make_optimizers(run.model, run.settings), [batch])[1] == 3.0
 
 
 def test_eval_of_a_folder_without_weights_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch):
@@ -779,13 +1121,16 @@ def stop_and_resume(tmp_path, monkeypatch, flags, name, stop):
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("stage, epoch", [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_resume_is_bit_for_bit(tmp_path, monkeypatch, stage, epoch):
+@pytest.mark.parametrize("stage, epoch, flags", [
+    (1, 1, []), (1, 2, []), (2, 1, []), (2, 2, []), (1, 2, ["--algo", "ff"]), (2, 1, ["--algo", "symba", "--head"]),
+    (1, 2, ["--algo", "collab", "--model", "mlp-16-2"]), (1, 2, ["--algo", "scl"]), (1, 3, ["--algo", "bp"]),
+], ids=str)
+def test_resume_is_bit_for_bit(tmp_path, monkeypatch, stage, epoch, flags):
     def stop(row, epochs):                                          # Ctrl-C before this epoch is written down
         if (row["stage"], row["epoch"]) == (stage, epoch):
             raise KeyboardInterrupt
 
-    stop_and_resume(tmp_path, monkeypatch, SMALL, "show_row", stop)
+    stop_and_resume(tmp_path, monkeypatch, [*SMALL, *flags], "show_row", stop)
 
 
 @pytest.mark.parametrize("stop_at", range(9))
@@ -849,6 +1194,7 @@ def test_a_run_trains_with_its_own_settings():
     (["--dataset", "cifar11"], "invalid choice"), (["--m0", "3"], "--m0 must lie in 0..2"), (["--epochs", "0"], "--epochs"),
     (["--temperature", "0"], "--temperature"), (["--resume"], "no run in"), (["--batch", "64"], "unrecognized"),
     (["--views", "1", "--limit", "1"], "two images of a class"), (["--padding", "33"], "more than the image's side"),
+    (["--head"], "--head and --skip-first are for"), (["--algo", "bp", "--skip-first"], "--head and --skip-first are for"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as ended:
@@ -882,6 +1228,7 @@ def test_a_setting_comes_from_what_is_typed_then_the_recipe_then_the_data_set():
     assert {name: paper[name] for name in expected} == expected
     models = {"mnist": "mlp-500-3", "cifar100": "vit-192-6-6", "tinyimagenet": "vit-240-6-7"}
     assert {dataset: settings_of("--dataset", dataset)["model"] for dataset in models} == models
+    assert settings_of("--algo", "bp")["lr"] == 0.0005 and settings_of("--algo", "bp", "--lr", 0.1)["lr"] == 0.1
 
 
 def test_a_run_is_named_by_what_is_typed():
@@ -926,11 +1273,11 @@ def test_a_long_run_on_a_cpu_is_announced(tmp_path, capsys, monkeypatch):
 
 
 def test_a_last_batch_without_positives_is_skipped():
-    settings = {"batch_size": 4, "views": 1}
+    settings = {"batch_size": 4, "views": 1, "algo": "cffm"}
     parts = list(train.batches(torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 3]), settings))
     assert [part.tolist() for part in parts] == [[0, 1, 2, 3]]
-    parts = list(train.batches(torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 3]), settings | dict(views=2)))
-    assert len(parts) == 2
+    for other in (dict(views=2), dict(algo="ff"), dict(algo="bp")):
+        assert len(list(train.batches(torch.arange(6), torch.tensor([0, 0, 1, 1, 2, 3]), settings | other))) == 2
 
 
 def test_learning_rate_rises_and_falls():

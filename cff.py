@@ -121,7 +121,7 @@ def encode_neutral(model, images):
 
 
 def features(model, images):
-    """What the head reads: the last layer's pooled output (B, E), or, in a model that takes labels, those of all but the first."""
+    """What the head reads: the last layer's pooled output, or in a model that takes labels those of all but the first."""
     pooled = encode_neutral(model, images)
     return pooled[-1] if model.labels is None else torch.cat(pooled[1:] or pooled, dim=1)       # (B, E) or (B, (L-1) E)
 

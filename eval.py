@@ -65,7 +65,8 @@ def show_table(folders, markdown=False):
     groups = {}
     for folder in map(Path, folders):
         config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
-        settings = {key: value for key, value in {**DEFAULTS, **config["settings"]}.items() if key not in ("seed", "out", "data_dir", "device")}
+        settings = {key: value for key, value in {**DEFAULTS, **config["settings"]}.items()
+                    if key not in ("seed", "out", "data_dir", "device")}
         groups.setdefault(json.dumps([settings, config["device"]]), []).append((folder.name, config, result))
     rows = [["Run", "Method", "Model", "Data", "Images", "Epochs", "Seeds", "Validation %", "Test %", "Minutes"]]
     for runs in groups.values():

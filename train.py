@@ -73,35 +73,39 @@ SETTINGS = {
 }
 DEFAULTS = {name: default for name, (default, _) in SETTINGS.items()}
 CHOICES = {
-    "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"), "algo": ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"),
-    "augment": ("none", "flip", "crop", "crop+randaug"), "pool": ("mean", "token"), "views": (1, 2),
+    "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"),
+    "algo": ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"), "augment": ("none", "flip", "crop", "crop+randaug"),
+    "pool": ("mean", "token"), "views": (1, 2),
     "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
     "decay": ("linear", "parabolic", "cosine", "exponential"),
 }
-# Settings found for runs of a few thousand updates (README, "Short runs").
-SHORT = dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, position_std=0.02, padding=4, warmup=80,
-             schedule="cosine", head_lr=0.005)
-# What differs from SETTINGS: by data set, then by method, then by recipe; what is typed comes last.
+# What differs from SETTINGS by method, by data set and by --recipe, in this order; what is typed comes last.
+BY_ALGO = {"bp": dict(lr=0.0005)}
 BY_DATASET = {
-    "shapes": dict(SHORT, model="vit-64-4-3", patch_size=8, epochs=30, head_epochs=4),
+    "shapes": dict(model="vit-64-4-3", patch_size=8, head_epochs=4),                    # and --recipe short
     "mnist": dict(model="mlp-500-3", augment="none"),
     "cifar10": dict(padding=12),
     "cifar100": dict(model="vit-192-6-6"),
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
-BY_ALGO = {"bp": dict(lr=0.0005)}
-RECIPES = {"short": SHORT}
+# Recipes, settings found here (README, "Short runs" and "MLPs"): for all methods, then what one of them has instead.
+RECIPES = {
+    "short": {"all": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, position_std=0.02, padding=4, warmup=80,
+                          schedule="cosine", head_lr=0.005)},
+    "mlp": {"all": dict(epochs=30, head_epochs=5, batch_size=128, warmup=100, schedule="cosine", lr=0.002, temperature=0.07),
+            "ff": dict(lr=0.4, weight_decay=0.0), "collab": dict(lr=0.4, weight_decay=0.0),
+            "symba": dict(lr=0.4, weight_decay=0.0, alpha=4.0), "bp": dict(lr=0.0005), "scl": dict(lr=0.001)},
+}
 # Methods whose images carry a label, and how on an MLP (Fig. 2b, 2c); methods that train all layers together.
 LABELS = {"ff": "one-hot", "collab": "one-hot", "symba": "random"}
 END_TO_END = ("scl", "bp")
 METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
-
-
 # Ranges that catch typing errors; vit.py and losses.py check the rest.
 LIMITS = {
     "limit": (0, math.inf), "missing": (0, 0.999), "label_noise": (0, 1), "padding": (0, math.inf), "epochs": (1, math.inf),
     "head_epochs": (1, math.inf), "batch_size": (2, math.inf), "lr": (0, math.inf), "head_lr": (0, math.inf),
     "weight_decay": (0, math.inf), "warmup": (0, math.inf), "m0": (0, 2), "mL": (0, 2), "temperature": (1e-6, math.inf),
+    "alpha": (1e-6, math.inf), "threshold": (0, math.inf),
 }
 
 
@@ -119,15 +123,19 @@ def parse(argv=None):
         value = dict(action="store_true") if default is False else dict(type=type(default), choices=CHOICES.get(name),
                                                                         metavar=name.upper())
         parser.add_argument(flag(name), **value, help=f"{meaning} [{', '.join([str(default), *own])}]")
-    parser.add_argument("--recipe", choices=RECIPES, help="short, for short runs, stands for " +
-                        " ".join(f"{flag(name)} {value}" for name, value in SHORT.items()))
+    spell = lambda changes: " ".join(f"{flag(name)} {value}" for name, value in changes.items())
+    parser.add_argument("--recipe", choices=RECIPES, help="settings for short runs (those of shapes) or for MLPs: " + "; ".join(
+        f"{name}{'' if algo == 'all' else f' with {algo}'}: {spell(changes)}"
+        for name, by_algo in RECIPES.items() for algo, changes in by_algo.items()))
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume", False)
     recipe = typed.pop("recipe", "")
-    typed_or_meant = {**RECIPES.get(recipe, {}), **typed}
-    settings = {**DEFAULTS, **BY_DATASET[typed.get("dataset", DEFAULTS["dataset"])],
-                **BY_ALGO.get(typed.get("algo"), {}), **typed_or_meant}
+    dataset, algo = (typed.get(name, DEFAULTS[name]) for name in ("dataset", "algo"))
+    meant_by = lambda recipe: {**recipe.get("all", {}), **recipe.get(algo, {})}
+    typed_or_meant = {**meant_by(RECIPES.get(recipe, {})), **typed}
+    settings = {**DEFAULTS, **BY_ALGO.get(algo, {}), **meant_by(RECIPES["short"] if dataset == "shapes" else {}),
+                **BY_DATASET[dataset], **typed_or_meant}
     if not settings["out"]:
         model = "-".join(re.findall(r"\w+", settings["model"].lower()))
         others = [name.replace("_", "") + str(typed[name]).removesuffix("True") for name in SETTINGS if name in typed
@@ -476,7 +484,8 @@ class Run:
         self.val_augment = make(settings["augment"], self.val_generator)
         self.normalise = make("none", self.generator)
         L = len(self.model.layers)
-        self.margins = {"cff": [0.0] * L, "cffm": margins(settings["m0"], settings["mL"], L, settings["decay"])}.get(settings["algo"])
+        self.margins = {"cff": margins(0, 0, L), "cffm": margins(settings["m0"], settings["mL"], L, settings["decay"])
+                        }.get(settings["algo"])
         self.loss = partial(symba_loss, alpha=settings["alpha"]) if settings["algo"] == "symba" else \
             partial(ff_loss, threshold=settings["threshold"])       # of ff, symba and collab
         self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0, "encoder_epoch": 0, "log": []}
@@ -718,7 +727,8 @@ def train(run, optimizer_states=()):
             state.update(stage=2, epoch=0, best=math.inf, best_epoch=0)
             optimizer_states = []
     if two_stages:
-        optimizers = take_up([torch.optim.AdamW(model.head.parameters(), settings["head_lr"], weight_decay=settings["weight_decay"])])
+        adamw = torch.optim.AdamW(model.head.parameters(), settings["head_lr"], weight_decay=settings["weight_decay"])
+        optimizers = take_up([adamw])
         if state["epoch"] == 0:
             run.save(optimizers, best=False)                # the start of stage 2, should it stop before its first epoch
         train_stage(run, 2, optimizers, head_epoch, settings["head_epochs"], settings["head_lr"])
@@ -792,7 +802,7 @@ def show_progress(run, stage, step, steps, epochs, seconds):
     settings = run.settings
     left = seconds / step * (steps * (epochs - run.state["epoch"]) - step)
     if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu":
-        # an update of stage 2 is one forward pass, one of CFF's stage 1 a forward and a backward pass (twice the work) of each view
+        # an update of stage 2 is one forward pass, one of CFF a forward and a backward pass (twice the work) of each view
         total = left + seconds / step * steps * settings["head_epochs"] / (3 * settings["views"])
         if total > 1800:
             print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with --model "

@@ -158,7 +158,8 @@ class MLP(nn.Module):
         if num_classes > D:
             raise ValueError(f"{num_classes} classes do not fit into the first pixels of an image of {D}")
         self.one_hot = labels == "one-hot"
-        self.register_buffer("labels", label_table(num_classes, num_classes if self.one_hot else D, self.one_hot) if labels else None)
+        size = num_classes if self.one_hot else D
+        self.register_buffer("labels", label_table(num_classes, size, self.one_hot) if labels else None)
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(D, E), nn.ReLU()) for D, E in zip(widths, widths[1:]))
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
@@ -176,7 +177,7 @@ class MLP(nn.Module):
 
 
 def linear_head(embed_dim, num_layers, num_classes, labels):
-    """LayerNorm + linear on the last layer's output; with labels on those of all layers but the first (Table 2), if there are more."""
+    """LayerNorm + linear on the last layer's output; with labels on those of all layers but the first, if there are more (Table 2)."""
     width = embed_dim * max(1, num_layers - 1) if labels else embed_dim
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
 

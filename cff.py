@@ -75,6 +75,7 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
     x, y_wrong = augment(x), wrong_labels(y, len(model.labels) - 1, generator)      # x, y_wrong = augment(x), wrong(y)
     x1 = model.patches(x, y)                                        # x = patching(x)                (B, #P, D/#P)
     x2 = model.patches(x, y_wrong)                                  # x1, x2 = cat_label_patch(x, y, y_wrong)
+    # 0 in FF; in FF Collab the goodness of the other layers, from before this batch's updates
     gamma1, gamma2 = (gammas(layer_goodness(model, x, labels)) if collab else [0] * len(model.layers) for labels in (y, y_wrong))
     for l, layer in enumerate(model.layers):                        # for l in range(L):
         f1 = layer(x1)                                              # f1 = layers[l].forward(x1)     (B, #P+1, E)
@@ -91,7 +92,7 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
 
 
 def collab_step(model, optimizers, x, y, augment, threshold=2.0, generator=None):
-    """FF Collab on one batch: layer l's logit is G_l + gamma_l - theta, gamma from before this batch's updates; losses (L,)."""
+    """FF Collab on one batch: layer l's logit is G_l + gamma_l - theta; returns the L losses, a tensor (L,)."""
     loss = lambda g_pos, g_neg: ff_loss(g_pos, g_neg, threshold)
     return ff_step(model, optimizers, x, y, augment, loss, generator, collab=True)
 
@@ -159,14 +160,17 @@ def predict(model, images, algo, head=False, skip_first=False):
     """Scores (B, classes) of images (B, C, H, W); the largest wins.
 
     "cff", "cffm", "scl" and "bp": the head's, in one forward pass. "ff", "symba" and "collab": one pass with each class's label,
-    the goodness summed over the layers, without the first if skip_first; with head=True one pass with the neutral label, and
-    the head (Table 2). Raises ValueError for another algo.
+    the goodness summed over the layers, without the first if skip_first (and there are more); with head=True one pass with
+    the neutral label, and the head (Table 2). Raises ValueError for another algo, or a model that was not built for it.
     """
-    if algo in ("cff", "cffm", "scl", "bp") or head and algo in ("ff", "symba", "collab"):
-        return model.head(features(model, images))
-    if algo not in ("ff", "symba", "collab"):
+    if algo not in ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"):
         raise ValueError(f"algo must be cff, cffm, ff, symba, collab, scl or bp; got {algo!r}")
+    by_goodness = algo in ("ff", "symba", "collab")
+    if by_goodness == (model.labels is None):
+        raise ValueError(f"{algo} needs a model built {'with' if by_goodness else 'without'} labels")
+    if head or not by_goodness:
+        return model.head(features(model, images))
     B, C = len(images), len(model.labels) - 1
     y = torch.arange(C, device=images.device).repeat(B)             # 0 ... C-1 for the first image, then for the second, ...
     G = layer_goodness(model, images.repeat_interleave(C, dim=0), y)                    # (L, B*C)
-    return (G[1:] if skip_first else G).sum(dim=0).view(B, C)
+    return (G[1:] if skip_first and len(G) > 1 else G).sum(dim=0).view(B, C)

@@ -841,6 +841,10 @@ def test_prediction_has_one_pass_for_each_class(labelled):
         close(cff.predict(model, x, algo), expected, "column c holds the goodness with label c")
     with pytest.raises(ValueError, match="algo must be"):
         cff.predict(model, x, "hebb")
+    with pytest.raises(ValueError, match="cff needs a model built without labels"):
+        cff.predict(model, x, "cff")
+    with pytest.raises(ValueError, match="ff needs a model built with labels"):
+        cff.predict(vit.build_model("mlp-8-2", (3, 8, 8), 3).double(), x, "ff")
 
 
 def test_table2_the_head_reads_all_layers_but_the_first_with_the_neutral_label(labelled):

@@ -575,10 +575,10 @@ def by_layer(name, values, L):
     return {f"{name}_{l}": round(value, 6) for l, value in enumerate(values, start=L + 1 - len(values))}
 
 
-def make_optimizers(model, settings):
-    """Stage 1's optimizers: one for each layer, or one for all that is trained end to end."""
-    modules = {"scl": [model.layers], "bp": [model]}.get(settings["algo"], model.layers)
-    return [torch.optim.AdamW(module.parameters(), settings["lr"], weight_decay=settings["weight_decay"]) for module in modules]
+def make_optimizers(model, settings, stage=1):
+    """Stage 1: an optimizer for each layer, or one for all that is trained end to end; 2: one for the head. No rates yet."""
+    modules = [model.head] if stage == 2 else {"scl": [model.layers], "bp": [model]}.get(settings["algo"], model.layers)
+    return [torch.optim.AdamW(module.parameters(), weight_decay=settings["weight_decay"], fused=True) for module in modules]
 
 
 def make_step(run, optimizers):
@@ -727,8 +727,7 @@ def train(run, optimizer_states=()):
             state.update(stage=2, epoch=0, best=math.inf, best_epoch=0)
             optimizer_states = []
     if two_stages:
-        adamw = torch.optim.AdamW(model.head.parameters(), settings["head_lr"], weight_decay=settings["weight_decay"])
-        optimizers = take_up([adamw])
+        optimizers = take_up(make_optimizers(model, settings, stage=2))
         if state["epoch"] == 0:
             run.save(optimizers, best=False)                # the start of stage 2, should it stop before its first epoch
         train_stage(run, 2, optimizers, head_epoch, settings["head_epochs"], settings["head_lr"])

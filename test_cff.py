@@ -1046,6 +1046,7 @@ def test_train_and_eval_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     result, config = json.loads((out / "result.json").read_text()), json.loads((out / "config.json").read_text())
     assert result["test_top1"] > 40 and result["test_top10"] == 100 and result["metric"] == "top1"
+    assert result["peak_memory_mb"] is None or 50 < result["peak_memory_mb"] < 20000
     assert config["settings"]["epochs"] == 12 and config["data"]["images"] == [4500, 500, 2000]
     rows = read_log(out)
     assert [(row["stage"], row["epoch"]) for row in rows] == [("1", str(e)) for e in range(1, 13)] + [("2", "1"), ("2", "2")]

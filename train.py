@@ -553,6 +553,18 @@ def describe_device(device):
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def peak_memory(device):
+    """The most memory this process has held, in MB: on a GPU that of tensors, else resident memory; None where unknown."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    try:
+        import resource                                             # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024                  # of ru_maxrss: bytes on macOS, kB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
+
+
 def write(path, fill):
     """Let fill(temporary) write a file, then put it in the place of `path` in one step."""
     temporary = path.with_name(path.name + ".tmp")
@@ -736,7 +748,7 @@ def train(run, optimizer_states=()):
     result = {**{f"test_top{k}": value for k, value in accuracy(model, *run.test, run.normalise, settings).items()},
               "val_top1": accuracy(model, *run.val, run.normalise, settings)[1], "metric": METRIC[settings["dataset"]],
               "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"] if two_stages else None,
-              "seconds": round(seconds, 1)}
+              "seconds": round(seconds, 1), "peak_memory_mb": peak_memory(run.device)}
     write(run.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return result
 

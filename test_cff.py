@@ -568,6 +568,19 @@ def test_fig2c_a_random_vector_follows_the_pixels():
     assert model.layers[0][0].weight.shape == (8, 32) and model.layers[1][0].weight.shape == (8, 8)
 
 
+@pytest.mark.parametrize("labels", ["one-hot", "random"])
+def test_an_mlps_layers_start_at_one_scale_for_inputs_of_length_1_as_of_variance_1(labels):
+    torch.manual_seed(0)
+    x, y, spread = torch.randn(500, 1, 28, 28), torch.arange(500) % 10, []
+    for kind in (None, labels):
+        model = vit.build_model("mlp-100-2", (1, 28, 28), 10, labels=kind)
+        h = model.patches(x, y if kind else None)
+        spread.append(model.layers[0][0](h).std())
+        h = torch.randn(500, 100)
+        spread.append(model.layers[1][0](cff.unit(h) if kind else h).std())
+    close(torch.stack(spread[2:]), torch.stack(spread[:2]), "standard deviation before the ReLU, layers 1 and 2", 0.06)
+
+
 @pytest.mark.parametrize("name, labels", [("vit-8-2-2", "random"), ("mlp-8-2", "random"), ("mlp-8-2", "one-hot")])
 def test_fig2_labels_of_200_classes_differ_are_saved_and_stay(name, labels):
     model = vit.build_model(name, (3, 16, 16), 200, labels=labels)
@@ -1164,8 +1177,8 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, monkeypa
             with torch.no_grad():
                 for p in module.parameters():
                     p.fill_(number + 1)
-            return {"train_loss_1": 1.0, "train_loss_2": 1.0, "val_loss_2": val_losses[number], "val_loss_head": 0.0, "probe": 0.0,
-                    "train_saturated_1": 0.0, "train_saturated_2": 0.0}, val_losses[number]
+            return {"train_loss_1": 1.0, "train_loss_2": 1.0, "val_loss_1": 0.0, "val_loss_2": val_losses[number],
+                    "val_loss_head": 0.0, "probe": 0.0, "train_saturated_1": 0.0, "train_saturated_2": 0.0}, val_losses[number]
         return epoch
 
     monkeypatch.setattr(train, "encoder_epoch", epoch_of([3.0, 1.0, 2.0], lambda model: model.layers))
@@ -1312,10 +1325,174 @@ def test_section_3_5_saturated_share_is_counted_over_all_pairs():
     assert train.saturated_share(f, y, M).tolist() == [R.sum(), sum(len(sets(y, i)[0]) for i in range(len(y)))]
 
 
-def test_speed_compares_the_three_steps():
-    table = evaluation.speed("vit-8-2-2", 8, 2)["methods"]
-    assert list(table) == ["BP", "CFF+M, 1 view", "CFF+M, 2 views"] and table["BP"]["ratio"] == 1
-    assert all(row["min"] <= row["seconds"] <= row["max"] for row in table.values())
+# ------------------------------------------------------------------------------------------------ what a run learned: eval.py
+
+def slow_fisher(f, y, classes_mean=False):
+    """Eqs. 19-22, entry by entry."""
+    E, N, labels = f.shape[1], len(f), sorted(set(y.tolist()))
+    mean = lambda rows: [sum(f[i, a].item() for i in rows) / len(rows) for a in range(E)]
+    S_w, S_b, m = torch.zeros(E, E, dtype=f.dtype), torch.zeros(E, E, dtype=f.dtype), mean(range(N))
+    for c in labels:
+        rows = [i for i in range(N) if y[i] == c]
+        m_c = mean(rows)
+        for a in range(E):
+            for b in range(E):
+                S_w[a, b] += sum((f[i, a] - m_c[a]) * (f[i, b] - m_c[b]) for i in rows) / len(rows)
+                S_b[a, b] += len(rows) * (m_c[a] - m[a]) * (m_c[b] - m[b]) / N
+    return torch.linalg.solve(S_w / (len(labels) if classes_mean else 1), S_b).trace().item()
+
+
+def test_eq19_to_eq22_fisher_criterion_is_a_double_loop():
+    f, y = batch(0, n=40, E=4, classes=3)
+    f = f + normalize(torch.randn(3, 4, dtype=f.dtype, generator=torch.Generator().manual_seed(1)), dim=1)[y]
+    for averaged in (False, True):
+        assert abs(evaluation.fisher_criterion(f, y, averaged) - slow_fisher(f, y, averaged)) < 1e-9
+    assert evaluation.fisher_criterion(f, y, averaged=True) == pytest.approx(3 * evaluation.fisher_criterion(f, y))
+    rotated = f @ torch.tensor([[2.0, 1, 0, 0], [0, 1, 0, 3], [0, 0, 0.5, 0], [1, 0, 0, 1]], dtype=f.dtype)
+    assert evaluation.fisher_criterion(rotated, y) == pytest.approx(slow_fisher(f, y)), "no linear map changes it"
+
+
+def test_eq22_with_a_singular_scatter_is_that_of_the_rest():
+    f, y = batch(0, n=40, E=4, classes=3)
+    dead = torch.cat([f, torch.zeros(40, 2, dtype=f.dtype), f[:, :1]], dim=1)           # units always off, a unit twice
+    assert evaluation.fisher_criterion(dead, y) == pytest.approx(evaluation.fisher_criterion(f, y), abs=1e-9)
+
+
+def test_eq19_within_class_scatter_is_that_of_scikit_learns_lda():
+    discriminant_analysis = pytest.importorskip("sklearn.discriminant_analysis")
+    y = torch.arange(3).repeat_interleave(20)                                           # balanced
+    f = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + y[:, None]
+    lda = discriminant_analysis.LinearDiscriminantAnalysis(solver="eigen", store_covariance=True).fit(f.numpy(), y.numpy())
+    S_w = 3 * torch.as_tensor(lda.covariance_)
+    means = torch.stack([f[y == c].mean(dim=0) for c in range(3)]) - f.mean(dim=0)
+    assert evaluation.fisher_criterion(f, y) == pytest.approx(torch.linalg.solve(S_w, means.T @ means / 3).trace().item(), abs=1e-9)
+
+
+def test_fig5_the_three_images_are_an_anchor_a_positive_and_a_negative():
+    f = normalize(torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [1, 1], [1, 2], [2, 1], [3, 1]]), dim=1)
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    assert evaluation.three_images(f, y) == [0, 3, 5], "cosines of positives 0 < 0.71 < 0.995, of negatives 0.45 < 0.89 < 0.95"
+
+
+def test_fig6_convergence_is_99_percent_of_the_fall():
+    log = lambda *losses: [{"epoch": e, "train_loss_1": 0, "val_loss_1": 7.0, "val_loss_2": v} for e, v in enumerate(losses, start=1)]
+    assert evaluation.epochs_to_convergence({"algo": "cff"}, log(5, 4.02, 4.011, 4.009, 4, 4.5)) == 4
+    assert evaluation.epochs_to_convergence({"algo": "cff"}, log(5, 6, 7)) == 1, "a loss that never fell"
+    three = [{"val_loss_1": a, "val_loss_2": b, "val_loss_3": c} for a, b, c in ((9, 1, 1), (0, 1, 0.5), (0, 0.5, 0.5))]
+    assert evaluation.epochs_to_convergence({"algo": "ff"}, three) == 3, "FF's is the sum without the first layer"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folders of four tiny runs: CFF, CFF+M with two margins, FF; and one of each thing that is no finished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in {"cff-s0": ["--algo", "cff"], "cff-s1": ["--algo", "cff", "--seed", 1], "m2": ["--m0", 0.2], "m6": ["--m0", 0.6],
+                        "ff": ["--algo", "ff"]}.items():
+        run_main(*SMALL, "--limit", 225, "--patch-size", 16, "--epochs", 2, "--head-epochs", 1, *flags, "--out", folder / name)
+    for name in ("empty", "unfinished", "torn", "other"):
+        (folder / name).mkdir()
+    for file in ("config.json", "log.csv"):
+        (folder / "unfinished" / file).write_text((folder / "ff" / file).read_text())
+        (folder / "torn" / file).write_text((folder / "ff" / file).read_text())
+    (folder / "torn" / "result.json").write_text('{"test_top1": 5')
+    (folder / "torn" / "best.pt").write_bytes((folder / "ff" / "best.pt").read_bytes()[:5000])
+    (folder / "other" / "best.pt").write_text("some text")
+    return folder
+
+
+def run_eval(monkeypatch, *arguments):
+    """eval.py's exit status."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    try:
+        evaluation.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_what_is_no_finished_run_is_said_in_a_line_and_the_rest_shown(finished, capsys, monkeypatch):
+    folders = [finished / name for name in ("empty", "cff-s0", "unfinished", "cff-s1", "torn", "nothing")]
+    assert run_eval(monkeypatch, *folders) == 0
+    out, err = capsys.readouterr()
+    row = out.splitlines()[-1].split("  ")
+    assert row[0] == "cff" and "0, 1" in out and out.count("vit-") == 1, "two seeds, one row"
+    for words in ("empty: no run", "unfinished: not finished; go on with: python train.py --resume", "torn: config.json, result.json or",
+                  "nothing: no run"):
+        assert words in err and len(err.splitlines()) == 4
+    assert run_eval(monkeypatch, finished / "empty", finished / "torn") == 2, "nothing is left"
+    for name, words in (("torn", "best.pt cannot be read"), ("other", "best.pt cannot be read"), ("empty", "no weights of a run")):
+        assert run_eval(monkeypatch, finished / name) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_accuracy_by_class_and_by_layer(finished, capsys):
+    run, top = evaluation.open_run(finished / "cff-s0"), evaluation.evaluate(finished / "cff-s0")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Top-1 of each class"))
+    shares = [float(word) for word in re.findall(r" ([\d.]+)(?:,|$)", line)]
+    assert len(shares) == 10 and sum(shares) / 10 == pytest.approx(top[1], abs=0.06), "200 test images of each class"
+    images, y = run.train
+    features = evaluation.layer_features(run, images)
+    h = run.normalise(images)
+    expected = normalize(run.model.pool(run.model.layers[0](run.model.patches(h))))
+    assert torch.allclose(features[0], expected, atol=1e-5) and len(features) == 2
+    X = torch.cat([features[1], torch.ones(len(y), 1)], dim=1).double()
+    test = torch.cat([evaluation.layer_features(run, run.test[0])[1], torch.ones(2000, 1)], dim=1).double()
+    ridge = 1e-6 * (X.T @ X).trace() * torch.eye(X.shape[1]).double()
+    guess = (test @ torch.linalg.solve(X.T @ X + ridge, X.T @ one_hot(y, 10).double())).argmax(dim=1)
+    assert evaluation.probe_layers(run)[1] == pytest.approx(100 * (guess == run.test[1]).double().mean().item(), abs=0.11)
+
+
+def test_fig5_numbers_stand_without_pictures(finished, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    rows = evaluation.show_layers(finished / "m2")
+    out, run = capsys.readouterr().out, evaluation.open_run(finished / "m2")
+    assert "pip install matplotlib" in out and len(rows) == 2
+    f = evaluation.layer_features(run, run.val[0])[1]
+    assert rows[1]["Fisher"] == pytest.approx(evaluation.fisher_criterion(f, run.val[1]))
+    assert rows[1]["Val loss"] == float(read_log(finished / "m2")[1]["val_loss_2"])
+    _, positive, negative = evaluation.three_images(evaluation.layer_features(run, run.val[0])[0], run.val[1])
+    assert rows[1]["Cosine to the positive"] == pytest.approx((f[0] @ f[positive]).item(), abs=1e-6)
+    assert rows[1]["to the negative"] == pytest.approx((f[0] @ f[negative]).item(), abs=1e-6)
+    assert run_eval(monkeypatch, "--margins", 0.4, 0.1, 3) == 2 and "linear      0.400 0.250 0.100" in capsys.readouterr().out
+
+
+def test_pictures_of_layers_runs_margins_and_views(finished, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert run_eval(monkeypatch, finished / "m2", finished / "ff", finished / "empty", "--layers") == 0, "one of three is no run"
+    assert "empty" in capsys.readouterr().err
+    assert run_eval(monkeypatch, *[finished / name for name in ("m2", "m6", "cff-s0", "cff-s1")], "--figure", "m0.png") == 0
+    assert run_eval(monkeypatch, finished / "m2", finished / "ff", "--figure", "epochs.png") == 0
+    assert run_eval(monkeypatch, "--margins", 0.4, 0.1, 8) == 0
+    assert run_eval(monkeypatch, "--show-views", "--figure", "shapes.png") == 0
+    pictures = [finished / name / file for name in ("m2", "ff") for file in ("layers.png", "curves.png")]
+    for picture in [*pictures, *map(Path, ("m0.png", "epochs.png", "margins.png", "shapes.png"))]:
+        grey = torchvision.io.decode_image(str(picture), "GRAY").float()
+        assert min(grey.shape[1:]) > 200 and grey.std() > 10, f"{picture} shows nothing"
+        assert (grey[0, 0] > 250).all() and (grey[0, -1] > 250).all() and (grey[0, :, -1] > 250).all(), f"{picture} is cut"
+
+
+def test_runs_that_differ_in_several_settings_are_not_drawn(finished, tmp_path, capsys, monkeypatch):
+    groups = evaluation.read_groups([finished / name for name in ("m2", "m6", "cff-s0", "cff-s1", "ff")])
+    assert evaluation.what_varies(groups) == "m0" and evaluation.what_varies(groups[-2:]) == ""
+    groups[0][0][1]["temperature"] = 1.0
+    with pytest.raises(ValueError, match="runs of a method differ in m0, temperature"):
+        evaluation.what_varies(groups)
+    assert evaluation.size_of("ViT[128 4 5]") == evaluation.size_of("vit-128-4-5") == [128, 4, 5]
+
+
+def test_table2_and_table6_speed_of_steps_inference_and_memory_by_depth(capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "METHODS", ("BP", "CFF+M, 1 view", "FF"))           # a new process for each takes seconds
+    record = evaluation.speed("vit-8-2-2", 8, 2, depths=(3,), n=4)
+    table = record["methods"]
+    assert tuple(table) == evaluation.METHODS and table["BP"]["ratio"] == 1
+    assert all(evaluation.make_step(method, "vit-8-2-2", 8, torch.device("cpu"))().isfinite().all() for method in
+               ("CFF+M, 2 views", "FF Collab"))
+    assert all(row["min"] <= row["seconds"] <= row["max"] and 0 < row["rate"] < 1.5 for row in table.values())
+    assert list(record["inference"]) == ["CFF+M, one pass", "FF, with head", "FF, a pass for each class"]
+    assert all(len(values) == 1 for values in record["megabytes"].values())
+    evaluation.show_speed(record)
+    assert "| CFF+M, 1 view | " in capsys.readouterr().out
 
 
 def test_the_readmes_numbers_are_the_records(capsys):

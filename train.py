@@ -750,6 +750,10 @@ def train(run, optimizer_states=()):
               "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"] if two_stages else None,
               "seconds": round(seconds, 1), "peak_memory_mb": peak_memory(run.device)}
     write(run.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    try:
+        draw_curves(run)
+    except ImportError:                                     # matplotlib is optional
+        pass
     return result
 
 
@@ -821,6 +825,43 @@ def show_progress(run, stage, step, steps, epochs, seconds):
     if sys.stdout.isatty():
         print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "
               f"{left // 60:.0f}:{left % 60:02.0f} left in this stage ", end="", flush=True)
+
+
+# the palette of Okabe and Ito: told apart in print and with any colour vision
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing into files; ImportError that says what to install if it is not there."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def draw_curves(run):
+    """curves.png in the run's folder: losses and the probe's accuracy by epoch of stage 1."""
+    plt, log = pyplot(), [row for row in run.state["log"] if row["stage"] == 1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in log]
+    names = [column.removeprefix("train_loss_") for column in log[0] if column.startswith("train_loss")]
+    for number, l in enumerate(names):
+        look = {"color": COLOURS[number % len(COLOURS)], "alpha": 1 / (1 + number // len(COLOURS))}
+        left.plot(epochs, [row[f"train_loss_{l}"] for row in log], label=f"layer {l}", **look)
+        left.plot(epochs, [row[f"val_loss_{l}"] for row in log], "--", **look)
+    left.set(xlabel="epoch", ylabel="loss (solid: training, dashed: validation)")
+    left.legend(fontsize=8)
+    right.plot(epochs, [row["probe"] for row in log], color="black")
+    right.set(xlabel="epoch", ylabel="validation accuracy of the probe, %")
+    right.grid(alpha=0.3)
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(run.folder.name, fontsize=10)
+    figure.savefig(run.folder / "curves.png", dpi=100)
+    plt.close(figure)
 
 
 def main(argv=None):

@@ -162,6 +162,9 @@ class MLP(nn.Module):
         self.register_buffer("labels", label_table(num_classes, size, self.one_hot) if labels else None)
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(D, E), nn.ReLU()) for D, E in zip(widths, widths[1:]))
+        if labels:                      # inputs have length 1, not variance 1: weights as much larger keep the scale of the outputs
+            for layer in self.layers:
+                nn.init.uniform_(layer[0].weight, -1, 1)
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
     def patches(self, images, y=None):

@@ -553,10 +553,10 @@ def test_fig2_label_patch_of_a_vit_stands_in_front():
 
 
 def test_fig2b_one_hot_replaces_the_first_pixels_of_an_mlps_input():
-    model = vit.build_model("mlp-8-2", (1, 4, 4), 3, labels="one-hot")
-    x, y = torch.randn(3, 1, 4, 4), torch.tensor([2, 0, -1])
+    model = vit.build_model("mlp-8-2", (1, 6, 8), 3, labels="one-hot")
+    x, y = torch.randn(3, 1, 6, 8), torch.tensor([2, 0, -1])
     expected = x.flatten(1).clone()
-    expected[:, :3] = torch.tensor([[0, 0, 1.0], [1, 0, 0], [0, 0, 0]])
+    expected[:, :3] = torch.tensor([[0, 0, 4.0], [4, 0, 0], [0, 0, 0]])                 # sqrt(48 / 3) = 4
     close(model.patches(x, y), expected / expected.norm(dim=1, keepdim=True), "Fig. 2b", 1e-6)
 
 

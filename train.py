@@ -92,8 +92,9 @@ BY_DATASET = {
 RECIPES = {
     "short": {"all": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, position_std=0.02, padding=4, warmup=80,
                           schedule="cosine", head_lr=0.005)},
-    "mlp": {"all": dict(epochs=30, head_epochs=5, batch_size=128, warmup=100, schedule="cosine", lr=0.002, temperature=0.07),
-            "ff": dict(lr=0.4, weight_decay=0.0, epochs=60), "collab": dict(lr=0.4, weight_decay=0.0, epochs=60),
+    "mlp": {"all": dict(epochs=30, head_epochs=10, head_lr=0.005, batch_size=128, warmup=100, schedule="cosine", lr=0.002,
+                        temperature=0.07),
+            "ff": dict(lr=0.2, weight_decay=0.0, epochs=60), "collab": dict(lr=0.2, weight_decay=0.0, epochs=60),
             "symba": dict(lr=0.1, weight_decay=0.0, epochs=60, alpha=4.0), "bp": dict(lr=0.0005), "scl": dict(lr=0.001)},
 }
 # Methods whose images carry a label, and how on an MLP (Fig. 2b, 2c); methods that train all layers together.

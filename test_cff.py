@@ -565,6 +565,7 @@ def test_fig2c_a_random_vector_follows_the_pixels():
     x, y = torch.randn(3, 1, 4, 4), torch.tensor([2, 0, -1])
     expected = torch.cat([x.flatten(1), torch.stack([model.labels[2], model.labels[0], torch.zeros(16)])], dim=1)
     close(model.patches(x, y), expected / expected.norm(dim=1, keepdim=True), "Fig. 2c", 1e-6)
+    close(model.labels[:3].norm(dim=1), torch.full((3,), (16 / 3) ** 0.5), "sqrt(D / classes)", 1e-6)
     assert model.layers[0][0].weight.shape == (8, 32) and model.layers[1][0].weight.shape == (8, 8)
 
 

@@ -94,8 +94,8 @@ RECIPES = {
                           schedule="cosine", head_lr=0.005)},
     "mlp": {"all": dict(epochs=30, head_epochs=10, head_lr=0.005, batch_size=128, warmup=100, schedule="cosine", lr=0.002,
                         temperature=0.07),
-            "ff": dict(lr=0.2, weight_decay=0.0, epochs=60), "collab": dict(lr=0.2, weight_decay=0.0, epochs=60),
-            "symba": dict(lr=0.1, weight_decay=0.0, epochs=60, alpha=4.0), "bp": dict(lr=0.0005), "scl": dict(lr=0.001)},
+            "ff": dict(lr=0.2, weight_decay=0.0, epochs=40), "collab": dict(lr=0.2, weight_decay=0.0, epochs=40),
+            "symba": dict(lr=0.1, weight_decay=0.0, epochs=40, alpha=4.0), "bp": dict(lr=0.0005), "scl": dict(lr=0.001)},
 }
 # Methods whose images carry a label, and how on an MLP (Fig. 2b, 2c); methods that train all layers together.
 LABELS = {"ff": "one-hot", "collab": "one-hot", "symba": "random"}

@@ -148,9 +148,9 @@ class ViT(nn.Module):
 class MLP(nn.Module):
     """MLP[E L]: L local layers of linear + ReLU on flat pixels, D = C*H*W (Section 4, Models).
 
-    labels: None; "one-hot": the label of y replaces the first pixels (FF and Collab, Fig. 2b), at the height sqrt(D/C) for C
-    classes; "random": a random, fixed vector of length D for each class follows the pixels (SymBa, Fig. 2c and Eq. 4). Raises
-    ValueError for more classes than D.
+    labels: None; "one-hot": the label of y replaces the first pixels (FF and Collab, Fig. 2b); "random": a random, fixed
+    vector of D numbers for each class follows the pixels (SymBa, Fig. 2c and Eq. 4). Either is sqrt(D/classes) long.
+    Raises ValueError for more classes than D.
     """
 
     def __init__(self, image_shape, num_classes, embed_dim, num_layers, labels=None):
@@ -160,8 +160,8 @@ class MLP(nn.Module):
             raise ValueError(f"{num_classes} classes do not fit into the first pixels of an image of {D}")
         self.one_hot = labels == "one-hot"
         size = num_classes if self.one_hot else D
-        height = (D / num_classes) ** 0.5 if self.one_hot else 1            # at 1 a label is lost among the D pixels
-        self.register_buffer("labels", height * label_table(num_classes, size, self.one_hot) if labels else None)
+        length = (D / num_classes) ** 0.5                   # an image is about sqrt(D) long: neither should drown the other
+        self.register_buffer("labels", length * F.normalize(label_table(num_classes, size, self.one_hot)) if labels else None)
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(D, E), nn.ReLU()) for D, E in zip(widths, widths[1:]))
         if labels:                      # inputs have length 1, not variance 1: weights as much larger keep the scale of the outputs

@@ -12,6 +12,7 @@ A run's folder holds all that is needed; no setting has to be said again. Pictur
 """
 import argparse
 import csv
+import glob
 import json
 import multiprocessing
 import os
@@ -20,16 +21,17 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 from torch.utils.flop_counter import FlopCounterMode
 
-from cff import bp_step, collab_step, cff_step, encode_neutral, ff_step, predict
-from losses import ff_loss, margins
-from train import (CHOICES, COLOURS, DEFAULTS, LABELS, METRIC, SHAPES, Probe, Run, accuracy, describe_device, load_data,
-                   make_augment, mean_and_std, parse, pyplot)
-from vit import build_model
+from cff import encode_neutral, predict
+from losses import ff_loss, margins, symba_loss
+from train import (CHOICES, COLOURS, DEFAULTS, LABELS, METRIC, SHAPES, Probe, Run, defaults, describe_device, hits, load_data,
+                   make_augment, make_model, make_optimizers, make_step, mean_and_std, pyplot, two_stages)
 
 NAMES = {"cff": "CFF", "cffm": "CFF+M", "ff": "FF", "symba": "SymBa", "collab": "FF Collab", "scl": "SCL", "bp": "BP+CE"}
 CLASSES = {"shapes": list(SHAPES), "mnist": list("0123456789"),
@@ -57,15 +59,24 @@ def open_run(folder, data_dir=None):
     return run
 
 
-def read_log(folder):
-    """The rows of stage 1 in a run's log.csv: a list of {column: float}."""
+def read_log(folder, stage="1"):
+    """The rows of a stage in a run's log.csv: a list of {column: float}."""
     with open(Path(folder) / "log.csv") as file:
         return [{column: float(value) for column, value in row.items() if value} for row in csv.DictReader(file)
-                if row["stage"] == "1"]
+                if row["stage"] == stage]
+
+
+class Record(NamedTuple):
+    """What is on disk of a finished run beside its weights: `log` the rows of stage 1, `images` the numbers for each part."""
+    name: str
+    settings: dict
+    result: dict
+    log: list
+    images: list
 
 
 def read_record(folder):
-    """A finished run's (name, settings, config, result, log of stage 1); OSError, in one line, if it is none, or damaged."""
+    """The `Record` of a finished run; OSError, in one line, if the folder holds none, or a damaged one."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise OSError(f"{folder}: no run (config.json is missing)")
@@ -73,15 +84,15 @@ def read_record(folder):
         raise OSError(f"{folder}: not finished; go on with: python train.py --resume --out {folder}")
     try:
         config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
-        settings, log = {**DEFAULTS, **config["settings"]}, read_log(folder)
-        result["test_" + result["metric"]], log[0]["seconds"], config["data"]["images"]
+        record = Record(folder.name, {**DEFAULTS, **config["settings"]}, result, read_log(folder), config["data"]["images"])
+        record.result["test_" + record.result["metric"]], record.log[0]["seconds"]
     except (OSError, ValueError, LookupError, TypeError) as reason:
         raise OSError(f"{folder}: config.json, result.json or log.csv cannot be read ({type(reason).__name__})")
-    return folder.name, settings, config, result, log
+    return record
 
 
 def read_groups(folders):
-    """Finished runs, those that differ in the seed alone together: a list of lists of what `read_record` gives.
+    """The records of finished runs, those that differ in the seed alone together: a list of lists.
 
     What is no finished run is named on stderr and left out; raises OSError if nothing remains.
     """
@@ -92,7 +103,7 @@ def read_groups(folders):
         except OSError as reason:
             print(f"eval.py: {reason}", file=sys.stderr)
             continue
-        groups.setdefault(json.dumps([essential(record[1]), record[2]["device"]]), []).append(record)
+        groups.setdefault(json.dumps(essential(record.settings)), []).append(record)
     if not groups:
         raise OSError("none of these folders holds a finished run")
     return list(groups.values())
@@ -101,6 +112,18 @@ def read_groups(folders):
 def essential(settings):
     """The settings without those that say only where and with which seed."""
     return {name: value for name, value in settings.items() if name not in ("seed", "out", "data_dir", "device")}
+
+
+def choosing_losses(settings, log):
+    """Each epoch's validation loss that chooses the weights: the last layer's; FF's, SymBa's, Collab's over all but the first."""
+    losses = [[value for column, value in row.items() if column.startswith("val_loss")] for row in log]
+    return [sum(row[1:] or row) if settings["algo"] in LABELS else row[-1] for row in losses]
+
+
+def epochs_to_convergence(settings, log):
+    """Fig. 6: the first epoch at which the validation loss has made 99 % of its total fall, from the first epoch to its least."""
+    v = choosing_losses(settings, log)
+    return next(epoch for epoch, value in enumerate(v, start=1) if v[0] - value >= 0.99 * (v[0] - min(v)))
 
 
 # ------------------------------------------------------------------------------------------------------ accuracy of a run
@@ -123,21 +146,28 @@ def probe_layers(run, most=10000):
 
 
 def evaluate(folder, data_dir=None):
-    """Print the accuracy of the run in `folder` on its test set; returns {1: top-1, 5: top-5, 10: top-10} in %."""
+    """Print the accuracy of the run in `folder` on its test set; returns {1: top-1, 5: top-5, 10: top-10} in %.
+
+    A run that is not finished is said to be so; {} while its head is untrained and only the probes mean something.
+    """
     run = open_run(folder, data_dir)
-    settings, (images, y) = run.settings, run.test
-    measure = lambda rows: accuracy(run.model, images[rows], y[rows], run.normalise, settings)
-    top, by_class = measure(y >= 0), [(measure(y == label)[1], label) for label in range(run.classes)]
+    settings, (images, y), top = run.settings, run.test, {}
     print(f"{folder}: {settings['algo']} with {settings['model']} on {settings['dataset']}, {len(y)} test images")
-    print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
-    k = int(METRIC[settings["dataset"]].removeprefix("top"))
-    print(f"The paper's metric for {settings['dataset']} is top-{k}: {top[k]:.2f} %")
-    few = run.classes <= 20
-    names = CLASSES.get(settings["dataset"], range(run.classes))
-    shown = by_class if few else sorted(by_class, reverse=True)[:5] + sorted(by_class)[:5]
-    print(f"Top-1 of {'each class' if few else 'the best five and the worst five classes'}: "
-          + ", ".join(f"{names[label]} {value:.1f}" for value, label in shown))
-    print("Linear probe on each layer: " + ", ".join(f"{value:.1f} %" for value in probe_layers(run)))
+    if not (run.folder / "result.json").exists():
+        print("not finished: these are its best weights so far")
+    if two_stages(settings) and not read_log(folder, stage="2"):
+        print("its head is not trained yet")
+    else:
+        found = hits(run.model, images, y, run.normalise, settings)
+        top = {k: round(100 * found[:, k - 1].double().mean().item(), 2) for k in (1, 5, 10)}
+        print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
+        print(f"the metric for {settings['dataset']} is {METRIC[settings['dataset']].replace('top', 'top-')}")
+        names = CLASSES.get(settings["dataset"], range(run.classes))
+        by_class = [(100 * found[y == label, 0].double().mean().item(), names[label]) for label in range(run.classes)]
+        few = run.classes <= 20
+        print(f"top-1 of {'each class' if few else 'the best five classes, then the worst five'}: " + ", ".join(
+            f"{name} {value:.1f}" for value, name in (by_class if few else sorted(by_class)[:-6:-1] + sorted(by_class)[:5])))
+    print("linear probe on each layer: " + ", ".join(f"{value:.1f} %" for value in probe_layers(run)))
     return top
 
 
@@ -147,7 +177,8 @@ def fisher_criterion(f, y, averaged=False):
     """Tr(S_w^-1 S_b), Eqs. 19-22, of representations f (N, E) with labels y (N,): a float, larger for classes further apart.
 
     averaged: S_w as the mean over the C classes where Eq. 19 has the sum; the criterion is then C times as large. A singular
-    S_w (a unit that is always off) is inverted on the rest of the space. Computed in float64.
+    S_w (a unit that is always off) is inverted on the rest of the space. With fewer than some 10 E rows it says little: few
+    points in many dimensions lie apart by chance. Computed in float64.
     """
     f, classes = f.double(), y.unique()
     m, S_w, S_b = f.mean(dim=0), 0, 0
@@ -162,30 +193,40 @@ def fisher_criterion(f, y, averaged=False):
 
 
 def three_images(f, y):
-    """Rows of an anchor, a positive and a negative, (3,): the first image, and of its positives and its negatives those whose
-    cosine in f (N, E) is the median."""
-    s, rows = f @ f[0], [0]
-    for mask in (y == y[0], y != y[0]):
-        others = mask.nonzero()[:, 0]
-        others = others[others > 0]
-        rows.append(others[s[others].argsort()[len(others) // 2]].item())
-    return rows
+    """Rows of an anchor, a positive and a negative, (3,): the first image that has both, and those of median cosine in f (N, E).
+
+    Raises ValueError if no image has both.
+    """
+    same = y[:, None] == y
+    anchors = ((same.sum(dim=1) > 1) & ~same.all(dim=1)).nonzero()[:, 0]
+    if not len(anchors):
+        raise ValueError("no validation image has both a positive and a negative")
+    i = anchors[0].item()
+    s, others = f @ f[i], torch.arange(len(y), device=y.device) != i
+    sets = [(mask & others).nonzero()[:, 0] for mask in (same[i], ~same[i])]            # P(i), N(i)
+    return [i] + [rows[s[rows].argsort()[len(rows) // 2]].item() for rows in sets]
+
+
+FIG5_COLUMNS = {"Train loss": "train_loss", "Val loss": "val_loss", "Train |R|/|P|": "train_saturated",
+                "Val |R|/|P|": "val_saturated"}
 
 
 def show_layers(folder, data_dir=None):
     """Print Fig. 5's numbers for the run in `folder` and draw it, layers.png in that folder; returns the rows, a dict a layer."""
     run, log = open_run(folder, data_dir), read_log(folder)
     images, y = run.val
-    features = layer_features(run, images)
-    three, rows = three_images(features[0], y), []
+    features, losses = layer_features(run, images), choosing_losses(run.settings, log)
+    best, three, rows = log[losses.index(min(losses))], three_images(features[0], y), []
     for l, f in enumerate(features, start=1):
         s = f[three] @ f[three[0]]
         rows.append({"Layer": l, "Fisher": fisher_criterion(f, y), "Fisher, averaged S_w": fisher_criterion(f, y, averaged=True),
-                     **{name: log[-1].get(f"{column}_{l}") for name, column in FIG5_COLUMNS.items()},
+                     **{name: best.get(f"{column}_{l}") for name, column in FIG5_COLUMNS.items()},
                      "Cosine to the positive": s[1].item(), "to the negative": s[2].item()})
-    print(f"{folder}: {len(y)} validation images; losses and |R|/|P| are those of the last epoch")
+    print(f"{folder}: {len(y)} validation images; weights, losses and |R|/|P| of epoch {best['epoch']:.0f}")
     print_table([list(rows[0])] + [[f"{x:.3f}" if isinstance(x, float) else "-" if x is None else x for x in row.values()]
                                    for row in rows])
+    if len(y) < 10 * features[0].shape[1]:
+        print(f"the Fisher criterion says little here: {len(y)} images in {features[0].shape[1]} dimensions")
     try:
         draw_layers(run, features, log, rows, images[three].cpu(), run.folder / "layers.png")
     except ImportError as reason:                                   # the numbers stand without it
@@ -200,8 +241,9 @@ def save(figure, path):
     print(f"picture: {path}")
 
 
-FIG5_COLUMNS = {"Train loss": "train_loss", "Val loss": "val_loss", "Train |R|/|P|": "train_saturated",
-                "Val |R|/|P|": "val_saturated"}
+def show_image(axis, image, **where):
+    """Draw an image (C, H, W), colour or grey."""
+    return axis(image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0), cmap="gray", **where)
 
 
 def draw_layers(run, features, log, rows, three, path):
@@ -241,26 +283,23 @@ def draw_tsne(axes, features, y, names):
 
 def draw_epochs(axes, log):
     """Row 3 of Fig. 5: training and validation loss by epoch (right), share of saturated pairs |R|/|P| in % (left)."""
-    epochs = [row["epoch"] for row in log]
-    twins = [axis.twinx() for axis in axes]
+    epochs, twins = [row["epoch"] for row in log], [axis.twinx() for axis in axes]
     for l, (left, right) in enumerate(zip(axes, twins), start=1):
-        for axis, column, colour, scale in ((left, "saturated", COLOURS[1], 100), (right, "loss", COLOURS[0], 1)):
+        for axis, first, column, colour, scale in ((left, axes[0], "saturated", COLOURS[1], 100),
+                                                   (right, twins[0], "loss", COLOURS[0], 1)):
             for part, style in (("train", "-"), ("val", "--")):
-                values = [scale * row[f"{part}_{column}_{l}"] for row in log if f"{part}_{column}_{l}" in row]
-                if values:
-                    axis.plot(epochs, values, style, color=colour, lw=1.3)
-        left.set_xlabel("epoch")
+                if f"{part}_{column}_{l}" in log[0]:
+                    axis.plot(epochs, [scale * row[f"{part}_{column}_{l}"] for row in log], style, color=colour, lw=1.3)
+            axis.tick_params(axis="y", colors=colour)
+            if l > 1:
+                axis.sharey(first)                                  # one scale for all layers, its numbers at one end
+        left.tick_params(labelleft=l == 1)
+        right.tick_params(labelright=l == len(axes))
         left.xaxis.get_major_locator().set_params(integer=True)
-        left.tick_params(axis="y", colors=COLOURS[1])
-        right.tick_params(axis="y", colors=COLOURS[0])
-    for row, side in ((axes, 0), (twins, -1)):                      # one scale for all layers, its numbers at one end
-        limits = [axis.get_ylim() for axis in row if axis.lines]
-        for number, axis in enumerate(row):
-            if limits:
-                axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-            if number != side % len(row):
-                axis.set_yticklabels([])
-    axes[0].set_ylabel("|R|/|P|, %", color=COLOURS[1])
+        left.set_xlabel("epoch")
+        if "train_saturated_1" not in log[0]:
+            left.set_yticks([])
+    axes[0].set_ylabel("|R|/|P|, %" if "train_saturated_1" in log[0] else "", color=COLOURS[1])
     twins[-1].set_ylabel("loss", color=COLOURS[0])
     axes[0].set_title("— training   - - validation", fontsize=8, loc="left")
 
@@ -272,9 +311,8 @@ def draw_angles(axis, three, positive, negative):
         cosine = max(-1.0, min(1.0, cosine))
         x, y = cosine, sign * (1 - cosine ** 2) ** 0.5
         axis.plot([0, x], [0, y], color=colour, lw=2)
-        picture = OffsetImage(image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0),
-                              zoom=28 / image.shape[-1], cmap="gray")
-        axis.add_artist(AnnotationBbox(picture, (1.35 * x + 0.1 * (sign == 0), 1.35 * y + 0.42 * sign * (abs(y) < 0.3)), pad=0.15,
+        place = 1.35 * x + 0.1 * (sign == 0), 1.35 * y + 0.42 * sign * (abs(y) < 0.3)
+        axis.add_artist(AnnotationBbox(show_image(OffsetImage, image, zoom=28 / image.shape[-1]), place, pad=0.15,
                                        bboxprops={"edgecolor": colour}))
     axis.set(xlim=(-1.9, 1.9), ylim=(-1.9, 1.9), xticks=[], yticks=[], aspect="equal")
     axis.set_title(f"cosine: positive {positive:.2f},\nnegative {negative:.2f}", fontsize=9)
@@ -300,35 +338,26 @@ def print_table(rows, markdown=False):
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
-def epochs_to_convergence(settings, log):
-    """Fig. 6: the first epoch at which the validation loss has made 99 % of its total fall, from the first epoch to its least.
-
-    The loss is the one that chooses the epoch: the last layer's, or FF's, SymBa's and Collab's over all layers but the first.
-    """
-    losses = [[value for column, value in row.items() if column.startswith("val_loss")] for row in log]
-    v = [sum(row[1:] or row) if settings["algo"] in LABELS else row[-1] for row in losses]
-    return next(epoch for epoch, value in enumerate(v, start=1) if v[0] - value >= 0.99 * (v[0] - min(v)))
-
-
 def show_table(folders, markdown=False):
     """Print a row for each finished run; runs that differ in the seed alone share one. Equal columns are said once, above."""
     rows = []
     for runs in read_groups(folders):
-        names, all_settings, configs, results, logs = zip(*runs)
+        names, all_settings, results, logs, images = zip(*runs)
         s, seeds = all_settings[0], [settings["seed"] for settings in all_settings]
-        one_view = s["algo"] in LABELS or s["algo"] == "bp"
+        metric = results[0]["metric"]
         rows.append({
             "Run": names[0].removesuffix(f"-s{seeds[0]}") if len(runs) > 1 else names[0],
-            "Method": s["algo"] + (" + head" if s["head"] else ""), "Model": s["model"], "Data": s["dataset"],
-            "Images": configs[0]["data"]["images"][0], "Augment": s["augment"], "Views": 1 if one_view else s["views"],
+            "Method": NAMES[s["algo"]] + (" + head" if s["head"] else ""), "Model": s["model"], "Data": s["dataset"],
+            "Images": images[0][0], "Augment": s["augment"], "Views": 1 if s["algo"] in LABELS or s["algo"] == "bp" else s["views"],
             "Pool": s["pool"] if "vit" in s["model"].lower() else "-", "Missing": s["missing"], "Wrong": s["label_noise"],
-            "Epochs": f"{s['epochs']}" + ("" if results[0]["best_head_epoch"] is None else f" + {s['head_epochs']}"),
-            "Seeds": ", ".join(map(str, sorted(seeds))), "Validation %": spread([result["val_top1"] for result in results]),
-            "Test %": spread([result["test_" + result["metric"]] for result in results]),
+            "Epochs": f"{s['epochs']}" + (f" + {s['head_epochs']}" if two_stages(s) else ""),
+            "Seeds": ", ".join(map(str, sorted(seeds))), "Metric": metric.replace("top", "top-"),
+            "Validation %": spread([result.get("val_" + metric) for result in results]),
+            "Test %": spread([result["test_" + metric] for result in results]),
             "Converged": spread([epochs_to_convergence(s, log) for log in logs], 0),
             "s/epoch": spread([statistics.median(row["seconds"] for row in log) for log in logs]),
             "MB": spread([result.get("peak_memory_mb") for result in results], 0)})
-    same = [column for column in ("Data", "Images", "Augment", "Views", "Pool", "Missing", "Wrong")
+    same = [column for column in ("Data", "Images", "Augment", "Views", "Pool", "Missing", "Wrong", "Metric")
             if len({row[column] for row in rows}) == 1]
     print("In all rows: " + ", ".join(f"{column.lower()} {rows[0][column]}" for column in same) + "\n")
     columns = [column for column in rows[0] if column not in same]
@@ -338,62 +367,83 @@ def show_table(folders, markdown=False):
 # ------------------------------------------------------------------------------------------------------------ figures of runs
 
 def what_varies(groups):
-    """The setting in which runs of one method differ, "" if none; ValueError if runs of a method differ in several."""
-    varied = set()
-    for algo in {group[0][1]["algo"] for group in groups}:
-        settings = [essential(group[0][1]) for group in groups if group[0][1]["algo"] == algo]
-        varied |= {name for name in settings[0] if len({str(s[name]) for s in settings}) > 1}
+    """The setting in which runs of one method differ, "" if none.
+
+    Raises ValueError if they differ in several, or if runs of different methods differ in data, model or augmentation.
+    """
+    all_settings = [essential(group[0].settings) for group in groups]
+    differ = lambda name, settings: len({str(s[name]) for s in settings}) > 1
+    varied = {name for name in all_settings[0] for algo in NAMES
+              if differ(name, [s for s in all_settings if s["algo"] == algo])}
+    if len(varied) <= 1:
+        varied |= {name for name in ("dataset", "limit", "missing", "label_noise", "augment", "padding", "model", "patch_size")
+                   if differ(name, all_settings)}
     if len(varied) > 1:
-        raise ValueError(f"these runs cannot be compared in one figure: runs of a method differ in {', '.join(sorted(varied))}")
+        raise ValueError(f"these runs cannot be compared in one figure: they differ in {', '.join(sorted(varied))}")
     return varied.pop() if varied else ""
 
 
-def size_of(model):
-    """The numbers of a model's name, to put models in order: "vit-128-4-5" -> [128, 4, 5]."""
-    return [int(number) for number in re.findall(r"\d+", model)]
+def series(groups, varied):
+    """{method: [(value of the varied setting, mean accuracy in %, standard deviation), ...]}, in the order of the values.
+
+    Accuracy is that on validation data, as in Figs. 4b and 7; for Table 4's settings, which change those, on the test data.
+    """
+    part = "test_" if varied in ("missing", "label_noise") else "val_"
+    in_order = lambda point: [int(n) for n in re.findall(r"\d+", point[0])] if varied == "model" else point[0]
+    lines = {}
+    for algo in NAMES:
+        points = []
+        for runs in (group for group in groups if group[0].settings["algo"] == algo):
+            accuracies = [run.result.get(part + run.result["metric"], run.result["val_top1"]) for run in runs]
+            value = runs[0].images[0] if varied == "limit" else runs[0].settings[varied]
+            points.append((value, statistics.mean(accuracies), statistics.stdev(accuracies) if len(runs) > 1 else 0))
+        if points:
+            lines[algo] = sorted(points, key=in_order)
+    return lines
+
+
+def draw_by_setting(axis, groups, varied):
+    """Accuracy against the setting that varies (Figs. 4b, 7, Table 4), a line a method; CFF, which has no margins, level."""
+    lines = series(groups, varied)
+    for number, (algo, points) in enumerate(lines.items()):
+        values, means, deviations = zip(*points)
+        look = {"color": COLOURS[number], "label": NAMES[algo]}
+        if varied in ("m0", "mL", "decay") and algo == "cff":
+            axis.axhline(means[0], ls="--", **look)
+        else:
+            axis.errorbar(values, means, yerr=deviations, marker="osD^vPX"[number], capsize=3, **look)
+    axis.set(xlabel=varied if varied != "limit" else "training images",
+             ylabel=f"{'test' if varied in ('missing', 'label_noise') else 'validation'} accuracy, %")
+
+
+def draw_by_epoch(axis, groups):
+    """The probe's validation accuracy by epoch, a line a method: the mean over the seeds, and from the least to the most."""
+    for number, runs in enumerate(groups):
+        by_epoch = list(zip(*[[row["probe"] for row in run.log] for run in runs]))
+        epochs, look = range(1, len(by_epoch) + 1), {"color": COLOURS[number]}
+        axis.plot(epochs, [statistics.mean(values) for values in by_epoch], label=NAMES[runs[0].settings["algo"]], ms=5,
+                  marker="osD^vPX"[number], markevery=max(1, len(by_epoch) // 10), **look)
+        axis.fill_between(epochs, [min(values) for values in by_epoch], [max(values) for values in by_epoch], alpha=0.15, **look)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="epoch", ylabel="validation accuracy of the probe, %")
 
 
 def draw_runs(folders, path):
-    """Accuracy against the setting that varies (Figs. 4b, 7, Table 4), a line a method; a method with one run is a level line.
+    """A picture of the accuracies of runs: by the one setting that varies, or if only the method does by epoch.
 
-    If only the method varies: the probe's validation accuracy by epoch. Table 4's settings make validation labels wrong or
-    few, so there it is the test accuracy. Raises ValueError if runs of a method differ in several settings.
+    Raises ValueError as `what_varies`.
     """
     groups = read_groups(folders)
-    varied, plt = what_varies(groups), pyplot()
-    if len({group[0][1]["dataset"] for group in groups}) > 1:
-        raise ValueError("these runs cannot be compared in one figure: their data sets differ")
-    on_test = varied in ("missing", "label_noise")
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    values = sorted({group[0][1][varied] for group in groups}, key=size_of if varied == "model" else None) if varied else []
-    numbers = values and not isinstance(values[0], str)
-    methods = [algo for algo in NAMES if any(group[0][1]["algo"] == algo for group in groups)]
-    for number, algo in enumerate(methods):
-        mine = [group for group in groups if group[0][1]["algo"] == algo]
-        look = {"color": COLOURS[number], "marker": "osD^vPX"[number], "label": NAMES[algo]}
-        if not varied:
-            curves = [[row["probe"] for row in log] for *_, log in mine[0]]
-            mean = [statistics.mean(values) for values in zip(*curves)]
-            axis.plot(range(1, len(mean) + 1), mean, **look, markevery=max(1, len(mean) // 10), ms=5)
-            axis.fill_between(range(1, len(mean) + 1), *zip(*[(min(v), max(v)) for v in zip(*curves)]), color=look["color"], alpha=0.15)
-            continue
-        points = []
-        for group in sorted(mine, key=lambda group: values.index(group[0][1][varied])):
-            accuracies = [result["test_" + result["metric"]] if on_test else result["val_top1"] for _, _, _, result, _ in group]
-            x = group[0][1][varied] if numbers else values.index(group[0][1][varied])
-            points.append((x, statistics.mean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else 0))
-        if len(points) == 1:
-            axis.axhline(points[0][1], color=look["color"], ls="--", label=f"{NAMES[algo]} ({points[0][1]:.1f})")
-        else:
-            axis.errorbar(*list(zip(*points))[:2], yerr=[point[2] for point in points], capsize=3, **look)
-    if varied and not numbers:
-        axis.set_xticks(range(len(values)), values)
-    if not varied:
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel(f"--{varied.replace('_', '-')}" if varied else "epoch")
-    axis.set_ylabel("test accuracy, %" if on_test else "validation accuracy, %" if varied else "validation accuracy of the probe, %")
-    s, seeds = groups[0][0][1], sorted({record[1]["seed"] for group in groups for record in group})
-    fixed = [s["dataset"], *([s["model"]] if varied != "model" else []), f"{groups[0][0][2]['data']['images'][0]} images"]
+    varied, record = what_varies(groups), groups[0][0]
+    figure, axis = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    if varied:
+        draw_by_setting(axis, groups, varied)
+    else:
+        draw_by_epoch(axis, groups)
+    seeds = sorted({run.settings["seed"] for group in groups for run in group})
+    about = {"dataset": record.settings["dataset"], "model": record.settings["model"], "limit": f"{record.images[0]} images",
+             "augment": record.settings["augment"]}
+    fixed = [text for name, text in about.items() if name != varied and not (name == "limit" and varied == "missing")]
     axis.set_title(f"{', '.join(fixed)}; seeds {', '.join(map(str, seeds))}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -415,22 +465,19 @@ def draw_margins(m0, mL, L, path):
 
 
 def draw_views(settings, path, n=8):
-    """Two views of n training images under each --augment, as the network gets them, shown in the data's own colours."""
-    plt = pyplot()
+    """Two views of n training images under each --augment, as the network gets them, in the data's own colours."""
     images, y, _, _ = load_data(settings["dataset"], settings["data_dir"])
-    rows = torch.randperm(len(y), generator=torch.Generator().manual_seed(settings["seed"]))[:n]
-    (mean, std), images = mean_and_std(images), images[rows]
-    shown = [("as shipped", images / 255)]
+    (mean, std), rows = mean_and_std(images), torch.randperm(len(y), generator=torch.Generator().manual_seed(settings["seed"]))[:n]
+    images, back = images[rows], lambda x: x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    shown = {"as shipped": images / 255}
     for kind in CHOICES["augment"][1:]:
         augment = make_augment(kind, settings["padding"], mean, std, torch.Generator().manual_seed(settings["seed"]),
                                flip=settings["dataset"] != "mnist")
-        for view in (1, 2):
-            x = augment(images) * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-            shown.append((f"{kind}, view {view}", x))
-    figure, axes = plt.subplots(len(shown), 1, figsize=(n + 1.5, len(shown)), layout="constrained")
-    for axis, (name, x) in zip(axes, shown):
-        strip = torch.cat(list(torch.nn.functional.pad(x, [1, 1, 1, 1], value=1)), dim=2).clamp(0, 1)       # (C, H + 2, n (W + 2))
-        axis.imshow(strip.permute(1, 2, 0).squeeze(2) if len(strip) == 1 else strip.permute(1, 2, 0), cmap="gray")
+        shown |= {f"{kind}, view {view}": back(augment(images)) for view in (1, 2)}
+    figure, axes = pyplot().subplots(len(shown), 1, figsize=(n + 1.5, len(shown)), layout="constrained")
+    for axis, (name, x) in zip(axes, shown.items()):
+        strip = torch.cat(list(pad(x, [1, 1, 1, 1], value=1)), dim=2).clamp(0, 1)       # (C, H + 2, n (W + 2))
+        show_image(axis.imshow, strip)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xticks=[], yticks=[])
     figure.suptitle(f"{settings['dataset']}, --padding {settings['padding']}")
@@ -439,33 +486,40 @@ def draw_views(settings, path, n=8):
 
 # ------------------------------------------------------------------------------------- cost of a step (Tables 2 and 6)
 
-METHODS = ("BP", "CFF+M, 1 view", "CFF+M, 2 views", "FF", "FF Collab")
+METHODS = {"BP": ("bp", 1), "CFF+M, 1 view": ("cffm", 1), "CFF+M, 2 views": ("cffm", 2), "FF": ("ff", 1), "SymBa": ("symba", 1),
+           "FF Collab": ("collab", 1)}
+KINDS = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100),
+         "tinyimagenet": ((3, 64, 64), 200)}            # shape of an image, number of classes
 
 
-def make_step(method, name, batch_size, device):
-    """A function that trains on one batch of random 32 x 32 images by one of METHODS."""
+def random_run(method, name, dataset, batch_size, device):
+    """What `train.make_step` needs to train `name` by one of METHODS on images of random pixels, and such a batch (x, y)."""
     torch.manual_seed(0)
-    model = build_model(name, (3, 32, 32), 10, labels="one-hot" if "FF" in method and "CFF" not in method else None).to(device)
-    x = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    y = torch.randint(10, (batch_size,), device=device)
-    augment = make_augment("crop", 12, [0.5] * 3, [0.25] * 3, torch.Generator(device))
-    if method == "BP":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0005, fused=True)
-        return lambda: bp_step(model, optimizer, x, y, augment)
-    optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.004, fused=True) for layer in model.layers]
-    if method == "FF":
-        return lambda: ff_step(model, optimizers, x, y, augment, ff_loss)
-    if method == "FF Collab":
-        return lambda: collab_step(model, optimizers, x, y, augment)
-    layer_margins, views = margins(0.4, 0.1, len(model.layers)), {"CFF+M, 1 view": 1, "CFF+M, 2 views": 2}[method]
-    return lambda: cff_step(model, optimizers, x, y, augment, layer_margins, 0.15, views)
+    algo, views = METHODS[method]
+    shape, classes = KINDS[dataset]
+    settings = defaults(dataset, algo) | {"model": name, "views": views}
+    model = make_model(settings, {"image_shape": shape, "num_classes": classes}).to(device)
+    generator = torch.Generator(device)
+    augment = make_augment(settings["augment"], settings["padding"], shape[0] * [0.5], shape[0] * [0.25], generator)
+    run = SimpleNamespace(settings=settings, model=model, augment=augment, generator=generator,
+                          margins=margins(settings["m0"], settings["mL"], len(model.layers)),
+                          loss=symba_loss if algo == "symba" else ff_loss)
+    x = torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device)
+    return run, x, torch.randint(classes, (batch_size,), device=device)
 
 
-def peak_memory(arguments):
+def random_step(*case):
+    """A function that makes one training step, for the arguments of `random_run`."""
+    run, x, y = random_run(*case)
+    step = make_step(run, make_optimizers(run.model, run.settings))
+    return lambda: step(x, y)
+
+
+def step_memory(arguments):
     """What two steps need at their peak beyond what was there before, in MB; None where it cannot be measured."""
-    method, name, batch_size, device = arguments
-    make_step(method, name, 8, device)()                # a small step first: libraries are loaded, whatever the method
-    step = make_step(method, name, batch_size, device)
+    *case, batch_size, device = arguments
+    random_step(*case, 8, device)()                     # a small step first: libraries are loaded, whatever the method
+    step = random_step(*case, batch_size, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         read = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
@@ -480,22 +534,25 @@ def peak_memory(arguments):
 
 
 def measure_memory(cases):
-    """`peak_memory` of each case (method, name, batch_size, device), in a fresh process each; a list.
+    """`step_memory` of each case (method, name, dataset, batch_size, device), in a fresh process each: {(method, name): MB}.
 
     There large blocks go back to the system when they are freed: what is left is what the method holds, without what the
-    C library's allocator keeps in reserve.
+    C library's allocator keeps in reserve. {} where memory cannot be measured.
     """
+    if cases[0][-1].type != "cuda" and not Path("/proc/self/status").exists():
+        return {}
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"                # read by the new processes' glibc
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return pool.map(peak_memory, cases, chunksize=1)
+        return {case[:2]: value for case, value in zip(cases, pool.map(step_memory, cases, chunksize=1))}
 
 
-def make_inference(name, n, device):
-    """Functions that classify n random images: CFF+M in one pass; FF with a head, and in one pass for each of 10 classes."""
-    images = torch.randn(n, 3, 32, 32, device=device)
-    cffm, ff = (build_model(name, (3, 32, 32), 10, labels=labels).to(device).eval() for labels in (None, "one-hot"))
-    return {"CFF+M, one pass": lambda: predict(cffm, images, "cffm"), "FF, with head": lambda: predict(ff, images, "ff", head=True),
-            "FF, a pass for each class": lambda: predict(ff, images, "ff")}
+def make_inference(name, dataset, n, device):
+    """Functions that classify n images of random pixels: CFF+M in one pass; FF with a head, and in one pass for each class."""
+    cffm, ff = (random_run(method, name, dataset, n, device) for method in ("CFF+M, 1 view", "FF"))
+    images = cffm[0].augment(cffm[1])
+    return {"CFF+M, one pass": lambda: predict(cffm[0].model, images, "cffm"),
+            "FF, with head": lambda: predict(ff[0].model, images, "ff", head=True),
+            "FF, a pass for each class": lambda: predict(ff[0].model, images, "ff")}
 
 
 def timed(functions, rounds):
@@ -518,7 +575,7 @@ def summary(times, base):
             "ratio": statistics.median(t / b for t, b in zip(times, base))}
 
 
-def speed(name, batch_size, rounds, depths=(2, 4, 8, 12), n=100):
+def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=100):
     """Measure training steps, inference and memory; returns the record that `show_speed` prints.
 
     The machine's own rate is that of a product of two square matrices, timed between the steps.
@@ -526,48 +583,49 @@ def speed(name, batch_size, rounds, depths=(2, 4, 8, 12), n=100):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = 8192 if device.type == "cuda" else 2048
     matrix, flops = torch.randn(size, size, device=device), {}
-    steps = {method: make_step(method, name, batch_size, device) for method in METHODS}
+    steps = {method: random_step(method, name, dataset, batch_size, device) for method in METHODS}
     for method, step in steps.items():
         with FlopCounterMode(display=False) as counter:
             step()
         flops[method] = counter.get_total_flops()
     times = timed({**steps, "matrix": lambda: matrix @ matrix}, rounds)
-    rate = 2 * size ** 3 / statistics.median(times.pop("matrix"))                       # FLOP/s
-    inference = timed(make_inference(name, n, device), rounds)
-    deep = [re.sub(r"\d+(\]?)$", rf"{L}\1", name) for L in depths]
-    cases = [(method, name) for method in METHODS] + [(method, model) for method in METHODS[:2] for model in deep]
-    memory = measure_memory([(*case, batch_size, device) for case in cases])
-    table = {}
-    for method, megabytes in zip(METHODS, memory):
-        table[method] = {**summary(times[method], times["BP"]), "rate": flops[method] / rate}
-        table[method]["rate"] /= table[method]["seconds"]
-        if memory[0]:
-            table[method].update(megabytes=megabytes, memory_ratio=megabytes / memory[0])
-    by_depth = {method: memory[len(METHODS):][k * len(depths):(k + 1) * len(depths)] for k, method in enumerate(METHODS[:2])}
+    rate = 2 * size ** 3 / statistics.median(times["matrix"])                           # FLOP/s
+    inference = timed(make_inference(name, dataset, n, device), rounds)
+    deep = {L: re.sub(r"\d+(\]?)$", rf"{L}\1", name) for L in depths}
+    compared = list(METHODS)[:2]
+    memory = measure_memory([(method, name, dataset, batch_size, device) for method in METHODS]
+                            + [(method, model, dataset, batch_size, device) for method in compared for model in deep.values()])
+    table = {method: {**summary(times[method], times["BP"]), "gigaflop": flops[method] / 1e9,
+                      "share": flops[method] / rate / statistics.median(times[method]),
+                      "megabytes": memory.get((method, name))} for method in METHODS}
     return {"command": "python " + " ".join(sys.argv), "device": describe_device(device), "torch": torch.__version__,
-            "model": name, "batch_size": batch_size, "rounds": rounds, "gigaflops": rate / 1e9, "methods": table,
-            "images": n, "inference": {way: summary(t, inference["CFF+M, one pass"]) for way, t in inference.items()},
-            "depths": list(depths), "megabytes": by_depth if memory[0] else {}}
+            "model": name, "dataset": dataset, "batch_size": batch_size, "rounds": rounds, "gigaflops": rate / 1e9,
+            "methods": table, "images": n, "inference": {way: summary(t, inference["CFF+M, one pass"]) for way, t in inference.items()},
+            "megabytes_by_depth": {method: {L: memory.get((method, model)) for L, model in deep.items()} for method in compared}}
 
 
 def show_speed(record):
     """Print a record of `speed` as Markdown tables."""
-    print(f"A training step of {record['model']}, batch {record['batch_size']}, on {record['device']}, torch {record['torch']}; "
-          f"medians of {record['rounds']} rounds. Matrix products alone reach {record['gigaflops']:.0f} GFLOP/s:\n")
-    print("| Method | Seconds (least-most) | / BP | Share of that rate | Peak memory, MB | / BP |\n|---|---|---|---|---|---|")
+    print("A training step of {model} on {dataset}'s sizes, batch {batch_size}, on {device}, torch {torch}; medians of {rounds} rounds. "
+          "Matrix products alone reach {gigaflops:.0f} GFLOP/s:\n".format(**record))
+    rows = [["Method", "Seconds (least-most)", "/ BP", "GFLOP", "Share of that rate", "Peak memory, MB", "/ BP"]]
+    base = record["methods"]["BP"]["megabytes"]
     for method, row in record["methods"].items():
-        memory = f"{row['megabytes']:.0f} | {row['memory_ratio']:.2f}" if "megabytes" in row else "- | -"
-        print(f"| {method} | {row['seconds']:.2f} ({row['min']:.2f}-{row['max']:.2f}) | {row['ratio']:.2f} | {row['rate']:.0%} "
-              f"| {memory} |")
-    print(f"\nInference, {record['images']} images at once:\n\n| Way | ms an image (least-most) | / CFF+M |\n|---|---|---|")
+        rows.append([method, f"{row['seconds']:.2f} ({row['min']:.2f}-{row['max']:.2f})", f"{row['ratio']:.2f}",
+                     f"{row['gigaflop']:.0f}", f"{row['share']:.0%}",
+                     *([f"{row['megabytes']:.0f}", f"{row['megabytes'] / base:.2f}"] if base else "--")])
+    print_table(rows, markdown=True)
+    print(f"\nInference, {record['images']} images at once:\n")
+    rows = [["Way", "ms an image (least-most)", "/ CFF+M"]]
     for way, row in record["inference"].items():
         ms = [1000 * row[key] / record["images"] for key in ("seconds", "min", "max")]
-        print(f"| {way} | {ms[0]:.2f} ({ms[1]:.2f}-{ms[2]:.2f}) | {row['ratio']:.1f} |")
-    if record["megabytes"]:
-        print(f"\nPeak memory of a step by depth, MB:\n\n| Layers | {' | '.join(map(str, record['depths']))} |\n"
-              "|---|" + len(record["depths"]) * "---|")
-        for method, values in record["megabytes"].items():
-            print(f"| {method} | {' | '.join(f'{value:.0f}' for value in values)} |")
+        rows.append([way, f"{ms[0]:.2f} ({ms[1]:.2f}-{ms[2]:.2f})", f"{row['ratio']:.1f}"])
+    print_table(rows, markdown=True)
+    print("\nPeak memory of a step by the number of layers, MB:\n")
+    rows = [["Method", *record["megabytes_by_depth"]["BP"]]]
+    rows += [[method, *("-" if value is None else f"{value:.0f}" for value in by_depth.values())]
+             for method, by_depth in record["megabytes_by_depth"].items()]
+    print_table(rows, markdown=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
@@ -584,19 +642,22 @@ def main():
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, also that of one run")
     parser.add_argument("--figure", metavar="FILE", help="draw the runs' accuracies, or name the picture of the next two")
     parser.add_argument("--margins", nargs=3, metavar=("M0", "ML", "L"), help="Fig. 4a; margins.png")
-    parser.add_argument("--show-views", action="store_true", help="augmented views of images of --dataset; views.png")
-    parser.add_argument("--dataset", choices=CHOICES["dataset"], default="shapes", help="for --show-views [shapes]")
+    parser.add_argument("--show-views", action="store_true", help="augmented views of images; views.png")
+    parser.add_argument("--dataset", choices=CHOICES["dataset"], help="for --show-views [shapes], and --speed [cifar10]")
     parser.add_argument("--speed", action="store_true", help="measure training, inference and memory on this machine")
     parser.add_argument("--model", default="vit-128-4-5", help="for --speed [vit-128-4-5]")
     parser.add_argument("--batch-size", type=int, default=512, help="for --speed [512]")
     parser.add_argument("--rounds", type=int, default=5, help="for --speed: measured steps of each method [5]")
     parser.add_argument("--json", metavar="FILE", help="for --speed: write the numbers there too")
     args = parser.parse_args()
-    if bool(args.runs) + args.speed + bool(args.margins) + args.show_views != 1:
-        parser.error("name the folders of runs, or say one of --margins, --show-views, --speed")
+    if bool(args.runs) + args.speed + bool(args.margins) + args.show_views != 1 or args.rounds < 1:
+        parser.error("name the folders of runs, or say one of --margins, --show-views, --speed (with --rounds 1 or more)")
+    if args.layers and args.figure:
+        parser.error("--layers writes layers.png into each run's folder; --figure is for tables")
+    folders = [folder for name in args.runs for folder in sorted(glob.glob(name)) or [name]]       # some shells leave * to us
     try:
         if args.speed:
-            record = speed(args.model, args.batch_size, args.rounds)
+            record = speed(args.model, args.batch_size, args.rounds, args.dataset or "cifar10")
             show_speed(record)
             if args.json:
                 Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
@@ -604,23 +665,23 @@ def main():
             m0, mL, L = args.margins
             draw_margins(float(m0), float(mL), int(L), args.figure or "margins.png")
         elif args.show_views:
-            data_dir = ["--data-dir", args.data_dir] if args.data_dir else []
-            draw_views(parse(["--dataset", args.dataset, *data_dir])[0], args.figure or "views.png")
+            settings = defaults(args.dataset or "shapes", "cffm")
+            draw_views(settings | {"data_dir": args.data_dir or settings["data_dir"]}, args.figure or "views.png")
         elif args.layers:
             shown = 0
-            for folder in args.runs:                                # one that fails does not keep the others from being shown
+            for folder in folders:                                  # one that fails does not keep the others from being shown
                 try:
                     shown += bool(show_layers(folder, args.data_dir))
                 except ERRORS as reason:
                     print(f"eval.py: {str(reason).splitlines()[0]}", file=sys.stderr)
             if not shown:
                 raise SystemExit(2)
-        elif len(args.runs) > 1 or args.markdown or args.figure:
-            show_table(args.runs, args.markdown)
+        elif len(folders) > 1 or args.markdown or args.figure:
+            show_table(folders, args.markdown)
             if args.figure:
-                draw_runs(args.runs, args.figure)
+                draw_runs(folders, args.figure)
         else:
-            evaluate(args.runs[0], args.data_dir)
+            evaluate(folders[0], args.data_dir)
     except ERRORS as reason:
         parser.error(str(reason).splitlines()[0])
 

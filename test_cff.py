@@ -1373,6 +1373,9 @@ def test_fig5_the_three_images_are_an_anchor_a_positive_and_a_negative():
     f = normalize(torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [1, 1], [1, 2], [2, 1], [3, 1]]), dim=1)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     assert evaluation.three_images(f, y) == [0, 3, 5], "cosines of positives 0 < 0.71 < 0.995, of negatives 0.45 < 0.89 < 0.95"
+    assert evaluation.three_images(f, torch.tensor([5, 0, 0, 0, 1, 1, 1]))[0] == 1, "the first that has a positive"
+    with pytest.raises(ValueError, match="both a positive and a negative"):
+        evaluation.three_images(f, torch.arange(7))
 
 
 def test_fig6_convergence_is_99_percent_of_the_fall():
@@ -1385,7 +1388,7 @@ def test_fig6_convergence_is_99_percent_of_the_fall():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Folders of four tiny runs: CFF, CFF+M with two margins, FF; and one of each thing that is no finished run."""
+    """Folders of five tiny runs: CFF with two seeds, CFF+M with two margins, FF; and of each thing that is no finished run."""
     folder = tmp_path_factory.mktemp("runs")
     for name, flags in {"cff-s0": ["--algo", "cff"], "cff-s1": ["--algo", "cff", "--seed", 1], "m2": ["--m0", 0.2], "m6": ["--m0", 0.6],
                         "ff": ["--algo", "ff"]}.items():
@@ -1428,19 +1431,43 @@ def test_what_is_no_finished_run_is_said_in_a_line_and_the_rest_shown(finished, 
 
 def test_accuracy_by_class_and_by_layer(finished, capsys):
     run, top = evaluation.open_run(finished / "cff-s0"), evaluation.evaluate(finished / "cff-s0")
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Top-1 of each class"))
-    shares = [float(word) for word in re.findall(r" ([\d.]+)(?:,|$)", line)]
-    assert len(shares) == 10 and sum(shares) / 10 == pytest.approx(top[1], abs=0.06), "200 test images of each class"
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("top-1 of each class"))
+    images, y = run.test
+    right = cff.predict(run.model, run.normalise(images[y == 3]), "cff").argmax(dim=1) == 3
+    assert f" triangle {100 * right.double().mean():.1f}," in line and line.count(",") == 9
+    assert top[1] == json.loads((finished / "cff-s0" / "result.json").read_text())["test_top1"]
     images, y = run.train
     features = evaluation.layer_features(run, images)
-    h = run.normalise(images)
-    expected = normalize(run.model.pool(run.model.layers[0](run.model.patches(h))))
+    expected = normalize(run.model.pool(run.model.layers[0](run.model.patches(run.normalise(images)))))
     assert torch.allclose(features[0], expected, atol=1e-5) and len(features) == 2
     X = torch.cat([features[1], torch.ones(len(y), 1)], dim=1).double()
     test = torch.cat([evaluation.layer_features(run, run.test[0])[1], torch.ones(2000, 1)], dim=1).double()
     ridge = 1e-6 * (X.T @ X).trace() * torch.eye(X.shape[1]).double()
     guess = (test @ torch.linalg.solve(X.T @ X + ridge, X.T @ one_hot(y, 10).double())).argmax(dim=1)
     assert evaluation.probe_layers(run)[1] == pytest.approx(100 * (guess == run.test[1]).double().mean().item(), abs=0.11)
+
+
+def test_a_run_that_stopped_before_its_head_is_not_tested(finished, tmp_path, capsys):
+    for file in ("config.json", "best.pt", "log.csv"):
+        (tmp_path / file).write_bytes((finished / "cff-s0" / file).read_bytes())
+    rows = (tmp_path / "log.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "log.csv").write_text("".join(row for row in rows if not row.startswith("2,")))
+    assert evaluation.evaluate(tmp_path) == {}
+    out = capsys.readouterr().out
+    assert "not finished" in out and "head is not trained" in out and "linear probe" in out and "top-1" not in out
+
+
+def test_a_table_of_runs_row_by_hand(finished, capsys):
+    evaluation.show_table([finished / name for name in ("cff-s0", "cff-s1", "ff")], markdown=True)
+    said, _, heading, _, *rows = [line.strip("| ") for line in capsys.readouterr().out.splitlines()]
+    table = [dict(zip(re.split(r" +\| ", heading), re.split(r" +\| ", row))) for row in rows]
+    results = [json.loads((finished / f"cff-s{seed}" / "result.json").read_text()) for seed in (0, 1)]
+    a, b = (result["test_top1"] for result in results)
+    assert said == "In all rows: data shapes, images 225, augment crop, pool mean, missing 0.0, wrong 0.0, metric top-1"
+    assert [row["Run"] for row in table] == ["cff", "ff"] and [row["Method"] for row in table] == ["CFF", "FF"]
+    assert [row["Views"] for row in table] == ["2", "1"] and [row["Epochs"] for row in table] == ["2 + 1", "2"]
+    assert table[0]["Seeds"] == "0, 1" and table[0]["Test %"] == f"{(a + b) / 2:.1f} ± {abs(a - b) / 2 ** 0.5:.1f}"
+    assert table[1]["Validation %"] == f"{json.loads((finished / 'ff' / 'result.json').read_text())['val_top1']:.1f}"
 
 
 def test_fig5_numbers_stand_without_pictures(finished, capsys, monkeypatch):
@@ -1450,7 +1477,7 @@ def test_fig5_numbers_stand_without_pictures(finished, capsys, monkeypatch):
     assert "pip install matplotlib" in out and len(rows) == 2
     f = evaluation.layer_features(run, run.val[0])[1]
     assert rows[1]["Fisher"] == pytest.approx(evaluation.fisher_criterion(f, run.val[1]))
-    assert rows[1]["Val loss"] == float(read_log(finished / "m2")[1]["val_loss_2"])
+    assert rows[1]["Val loss"] == min(float(row["val_loss_2"]) for row in read_log(finished / "m2")[:2]), "of the epoch kept"
     _, positive, negative = evaluation.three_images(evaluation.layer_features(run, run.val[0])[0], run.val[1])
     assert rows[1]["Cosine to the positive"] == pytest.approx((f[0] @ f[positive]).item(), abs=1e-6)
     assert rows[1]["to the negative"] == pytest.approx((f[0] @ f[negative]).item(), abs=1e-6)
@@ -1473,27 +1500,58 @@ def test_pictures_of_layers_runs_margins_and_views(finished, tmp_path, capsys, m
         assert (grey[0, 0] > 250).all() and (grey[0, -1] > 250).all() and (grey[0, :, -1] > 250).all(), f"{picture} is cut"
 
 
-def test_runs_that_differ_in_several_settings_are_not_drawn(finished, tmp_path, capsys, monkeypatch):
-    groups = evaluation.read_groups([finished / name for name in ("m2", "m6", "cff-s0", "cff-s1", "ff")])
-    assert evaluation.what_varies(groups) == "m0" and evaluation.what_varies(groups[-2:]) == ""
-    groups[0][0][1]["temperature"] = 1.0
-    with pytest.raises(ValueError, match="runs of a method differ in m0, temperature"):
-        evaluation.what_varies(groups)
-    assert evaluation.size_of("ViT[128 4 5]") == evaluation.size_of("vit-128-4-5") == [128, 4, 5]
+def records(*runs):
+    """Groups of one record each, of (settings that differ from the defaults, result)."""
+    return [[evaluation.Record("", {**train.DEFAULTS, **settings}, {"metric": "top1", **result}, [], [900, 100, 200])]
+            for settings, result in runs]
+
+
+def test_fig4b_fig7_and_table_4_what_is_drawn_against_what():
+    val = lambda value: {"val_top1": value, "test_top1": value - 10}
+    by_margin = records((dict(m0=0.6), val(72)), (dict(m0=0.2), val(70)), (dict(algo="cff"), val(69)))
+    assert evaluation.what_varies(by_margin) == "m0"
+    assert evaluation.series(by_margin, "m0") == {"cff": [(0.4, 69, 0)], "cffm": [(0.2, 70, 0), (0.6, 72, 0)]}
+    by_margin[0] += records((dict(m0=0.6, seed=1), val(76)))[0]
+    assert evaluation.series(by_margin, "m0")["cffm"][1] == (0.6, 74, pytest.approx(8 ** 0.5)), "two seeds, 72 and 76"
+    by_model = records(*[(dict(model=name), val(50)) for name in ("vit-128-4-5", "vit-64-4-4", "ViT[240 6 7]")])
+    assert [x for x, _, _ in evaluation.series(by_model, "model")["cffm"]] == ["vit-64-4-4", "vit-128-4-5", "ViT[240 6 7]"]
+    noisy = records((dict(label_noise=0.2), val(60)), (dict(label_noise=0.0), val(80)))
+    assert evaluation.series(noisy, "label_noise") == {"cffm": [(0.0, 70, 0), (0.2, 50, 0)]}, "the test accuracy"
+    assert evaluation.series(records(({}, val(50)), (dict(limit=100), val(40))), "limit")["cffm"][0][0] == 900, "0 means all"
+    assert evaluation.what_varies(records(({}, {}), (dict(algo="bp", lr=0.1), {}))) == "", "each method has its own rates"
+
+
+@pytest.mark.parametrize("one, other", [(dict(m0=0.2), dict(m0=0.4, temperature=1.0)), (dict(algo="bp"), dict(model="mlp-8-2", seed=3,
+                                        augment="flip"))], ids=["of one method", "of two methods"])
+def test_runs_that_differ_in_several_settings_are_not_drawn(one, other):
+    with pytest.raises(ValueError, match="differ in (m0, temperature|augment, model)$"):
+        evaluation.what_varies(records((one, {}), (other, {})))
 
 
 def test_table2_and_table6_speed_of_steps_inference_and_memory_by_depth(capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "METHODS", ("BP", "CFF+M, 1 view", "FF"))           # a new process for each takes seconds
-    record = evaluation.speed("vit-8-2-2", 8, 2, depths=(3,), n=4)
+    few = {method: evaluation.METHODS[method] for method in ("BP", "CFF+M, 1 view", "CFF+M, 2 views")}
+    monkeypatch.setattr(evaluation, "METHODS", {**few, "FF": ("ff", 1)})
+    memory = lambda cases: {case[:2]: 100.0 * len(case[1]) for case in cases}           # new processes take seconds each
+    monkeypatch.setattr(evaluation, "measure_memory", memory)
+    record = evaluation.speed("vit-8-2-2", 8, 2, depths=(1, 10), n=4)
     table = record["methods"]
-    assert tuple(table) == evaluation.METHODS and table["BP"]["ratio"] == 1
-    assert all(evaluation.make_step(method, "vit-8-2-2", 8, torch.device("cpu"))().isfinite().all() for method in
-               ("CFF+M, 2 views", "FF Collab"))
-    assert all(row["min"] <= row["seconds"] <= row["max"] and 0 < row["rate"] < 1.5 for row in table.values())
+    assert list(table) == list(evaluation.METHODS) and table["BP"]["ratio"] == 1
+    assert all(row["min"] <= row["seconds"] <= row["max"] and row["share"] > 0 for row in table.values())
+    for method in ("CFF+M, 2 views", "FF"):                         # views and passes are paid for in products
+        assert table[method]["gigaflop"] == pytest.approx(2 * table["CFF+M, 1 view"]["gigaflop"], rel=0.3)
     assert list(record["inference"]) == ["CFF+M, one pass", "FF, with head", "FF, a pass for each class"]
-    assert all(len(values) == 1 for values in record["megabytes"].values())
-    evaluation.show_speed(record)
-    assert "| CFF+M, 1 view | " in capsys.readouterr().out
+    assert record["megabytes_by_depth"]["BP"] == {1: 900.0, 10: 1000.0}
+    evaluation.show_speed(json.loads(json.dumps(record)))
+    out = capsys.readouterr().out
+    assert "| CFF+M, 2 views | " in out and re.search(r"\| Method +\| 1 +\| 10 +\|", out)
+
+
+def test_memory_of_bp_grows_with_depth_and_that_of_cff_does_not():
+    cases = [(method, f"vit-64-4-{L}", "cifar10", 64, torch.device("cpu")) for method in ("BP", "CFF+M, 1 view") for L in (2, 8)]
+    memory = evaluation.measure_memory(cases)
+    if memory:                                                      # {} where it cannot be measured
+        assert memory["BP", "vit-64-4-8"] > 2 * memory["BP", "vit-64-4-2"]
+        assert memory["CFF+M, 1 view", "vit-64-4-8"] < 1.5 * memory["CFF+M, 1 view", "vit-64-4-2"]
 
 
 def test_the_readmes_numbers_are_the_records(capsys):

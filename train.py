@@ -114,6 +114,22 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def meant_by(recipe, algo):
+    """The settings that a recipe stands for with a method; none for no recipe."""
+    return {**RECIPES.get(recipe, {}).get("all", {}), **RECIPES.get(recipe, {}).get(algo, {})}
+
+
+def defaults(dataset, algo):
+    """The settings of a method on a data set before any recipe, and before anything is typed."""
+    short = meant_by("short" if dataset == "shapes" else "", algo)
+    return {**DEFAULTS, **BY_ALGO.get(algo, {}), **short, **BY_DATASET[dataset], "dataset": dataset, "algo": algo}
+
+
+def two_stages(settings):
+    """Whether a run has a stage 2; without one, FF, SymBa and Collab need no head and BP has trained it."""
+    return settings["head"] or settings["algo"] in ("cff", "cffm", "scl")
+
+
 def parse(argv=None):
     """The settings of a command line: (dict, whether to resume). A line that makes no sense ends with exit status 2."""
     parser = argparse.ArgumentParser("train.py", usage="train.py [--FLAG VALUE ...]; --help lists the flags", description=__doc__,
@@ -133,10 +149,8 @@ def parse(argv=None):
     resume = typed.pop("resume", False)
     recipe = typed.pop("recipe", "")
     dataset, algo = (typed.get(name, DEFAULTS[name]) for name in ("dataset", "algo"))
-    meant_by = lambda recipe: {**recipe.get("all", {}), **recipe.get(algo, {})}
-    typed_or_meant = {**meant_by(RECIPES.get(recipe, {})), **typed}
-    settings = {**DEFAULTS, **BY_ALGO.get(algo, {}), **meant_by(RECIPES["short"] if dataset == "shapes" else {}),
-                **BY_DATASET[dataset], **typed_or_meant}
+    typed_or_meant = {**meant_by(recipe, algo), **typed}
+    settings = {**defaults(dataset, algo), **typed_or_meant}
     if not settings["out"]:
         model = "-".join(re.findall(r"\w+", settings["model"].lower()))
         others = [name.replace("_", "") + str(typed[name]).removesuffix("True") for name in SETTINGS if name in typed
@@ -442,14 +456,20 @@ def needs_no_pairs(settings):
 
 
 @torch.no_grad()
-def accuracy(model, images, y, normalise, settings):
-    """Top-1, top-5 and top-10 accuracy in % on images as they are, without augmentation: {1: ..., 5: ..., 10: ...}."""
-    correct = 0
-    for rows in torch.arange(len(y), device=y.device).split(100 if model.labels is not None else 1000):
+def hits(model, images, y, normalise, settings):
+    """Whether an image's label is among the first k guesses, (N, 10) bool, k = 1 ... 10; images as they are, not augmented."""
+    classes = 1 if model.labels is None else len(model.labels) - 1                      # passes for an image
+    found = []
+    for rows in torch.arange(len(y), device=y.device).split(max(1, 1000 // classes)):
         scores = predict(model, normalise(images[rows]), settings["algo"], settings["head"], settings["skip_first"])
-        best = scores.topk(10).indices                                                  # (B, 10), best first
-        correct += (best == y[rows, None]).cumsum(dim=1).sum(dim=0)
-    return {k: round(100 * correct[k - 1].item() / len(y), 2) for k in (1, 5, 10)}
+        found.append((scores.topk(10).indices == y[rows, None]).cumsum(dim=1).bool())
+    return torch.cat(found)
+
+
+def accuracy(model, images, y, normalise, settings):
+    """Top-1, top-5 and top-10 accuracy in %: {1: ..., 5: ..., 10: ...}."""
+    found = hits(model, images, y, normalise, settings)
+    return {k: round(100 * found[:, k - 1].double().mean().item(), 2) for k in (1, 5, 10)}
 
 
 # ------------------------------------------------------------------------------------------------------------- runs on disk
@@ -730,25 +750,24 @@ def train(run, optimizer_states=()):
     def take_best():                                        # the weights with the lowest validation loss
         model.load_state_dict(torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)["model"])
 
-    two_stages = settings["head"] or settings["algo"] in ("cff", "cffm", "scl")         # the others need no head, or trained it
     if state["stage"] == 1:
         train_stage(run, 1, take_up(make_optimizers(model, settings)), encoder_epoch, settings["epochs"], settings["lr"],
                     settings["warmup"])
         take_best()
         state["encoder_epoch"] = state["best_epoch"]
-        if two_stages:
+        if two_stages(settings):
             state.update(stage=2, epoch=0, best=math.inf, best_epoch=0)
             optimizer_states = []
-    if two_stages:
+    if two_stages(settings):
         optimizers = take_up(make_optimizers(model, settings, stage=2))
         if state["epoch"] == 0:
             run.save(optimizers, best=False)                # the start of stage 2, should it stop before its first epoch
         train_stage(run, 2, optimizers, head_epoch, settings["head_epochs"], settings["head_lr"])
         take_best()
     seconds = sum(row["seconds"] for row in state["log"])
-    result = {**{f"test_top{k}": value for k, value in accuracy(model, *run.test, run.normalise, settings).items()},
-              "val_top1": accuracy(model, *run.val, run.normalise, settings)[1], "metric": METRIC[settings["dataset"]],
-              "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"] if two_stages else None,
+    result = {**{f"{part}_top{k}": value for part, data in (("test", run.test), ("val", run.val))
+                 for k, value in accuracy(model, *data, run.normalise, settings).items()}, "metric": METRIC[settings["dataset"]],
+              "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"] if two_stages(settings) else None,
               "seconds": round(seconds, 1), "peak_memory_mb": peak_memory(run.device)}
     write(run.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     try:

@@ -241,9 +241,9 @@ def save(figure, path):
     print(f"picture: {path}")
 
 
-def show_image(axis, image, **where):
-    """Draw an image (C, H, W), colour or grey."""
-    return axis(image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0), cmap="gray", **where)
+def show_image(draw, image, **look):
+    """Hand an image (C, H, W), colour or grey, to a function of matplotlib that draws one."""
+    return draw(image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0), cmap="gray", **look)
 
 
 def draw_layers(run, features, log, rows, three, path):

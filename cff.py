@@ -11,7 +11,12 @@ layer, so that no update can reach another layer; `augment` makes of images one 
     >>> optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.004) for layer in model.layers]
     >>> losses = cff_step(model, optimizers, x, y, augment, margins(0.4, 0.1, len(model.layers)), temperature=0.15)
 """
+import time
+from collections import deque
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy, normalize
 
 from losses import contrastive_loss, ff_loss, goodness, marginal_contrastive_loss
@@ -174,3 +179,85 @@ def predict(model, images, algo, head=False, skip_first=False):
     y = torch.arange(C, device=images.device).repeat(B)             # 0 ... C-1 for the first image, then for the second, ...
     G = layer_goodness(model, images.repeat_interleave(C, dim=0), y)                    # (L, B*C)
     return (G[1:] if skip_first and len(G) > 1 else G).sum(dim=0).view(B, C)
+
+
+# --------------------------------------------------------------------------- layer-parallel training (Section 5.1, Fig. 8)
+
+class Stage:
+    """The layers that this process trains, of the processes of torch.distributed in a line; stands for the model in
+    cff_step, ff_step and encode, which do not know of it.
+
+    The first process has the images. A later one receives, where the model would cut patches, the output of the layer before
+    its own. Its last layer's output is sent on at once, before the loss is taken; nothing comes back. So while process r
+    works on batch t, process r - 1 works on batch t + 1, and N batches take n + N - 1 steps on n processes.
+
+    shape: of the message for one image. messages: of a batch, one for each forward pass. At most `ahead` batches are on their
+    way between two processes. trace: rows (process, batch, event, batch waited for, start, end), in seconds of time.time().
+    Raises ValueError for more processes than layers.
+    """
+
+    def __init__(self, model, shape, messages, ahead=2):
+        self.rank, n, L = dist.get_rank(), dist.get_world_size(), len(model.layers)
+        if n > L:
+            raise ValueError(f"{n} processes for {L} layers: each needs at least one")
+        self.first, self.end = L * self.rank // n, L * (self.rank + 1) // n             # its layers: first ... end - 1
+        self.is_last = self.end == L
+        self.layers, self.pool, self.labels, self.cut = model.layers[self.first:self.end], model.pool, model.labels, model.patches
+        if self.rank > 0:
+            model.layers = self.layers                              # the others are dropped
+        self.shape, self.messages, self.ahead = shape, messages, ahead
+
+    @contextmanager
+    def epoch(self, sizes):
+        """Within it messages flow; sizes: the number of images of each batch of the epoch."""
+        self.batch, self.trace, self.coming, self.going = 0, [], deque(), deque()
+        self.expected = (size for size in sizes for _ in range(self.messages))
+        for _ in range(self.ahead * self.messages):
+            self.expect()
+        hook = None if self.is_last else self.layers[-1].register_forward_hook(self.send)
+        try:
+            yield
+            for request, _, _ in self.going:
+                request.wait()
+        finally:
+            if hook:
+                hook.remove()
+
+    def expect(self):
+        """Start to receive the next message, if there is one, while something else is computed."""
+        size = next(self.expected, None)
+        if self.rank > 0 and size:
+            h = torch.empty(size, *self.shape, device=next(self.layers.parameters()).device)
+            self.coming.append((dist.irecv(h, self.rank - 1), h))
+
+    def patches(self, images, y=None):
+        """The input of this process's first layer: patches (with labels y) in the first process, in a later one a message."""
+        if self.rank == 0:
+            return self.cut(images, y)
+        request, h = self.coming.popleft()
+        start = time.time()
+        request.wait()
+        self.note("receive", self.batch, start)
+        self.expect()
+        return h if self.labels is None else unit(h)                # FF normalises between layers
+
+    def send(self, layer, x, h):
+        """Send h, the output of this process's last layer, on; wait first if too many messages are on their way."""
+        start, waited_for = time.time(), ""
+        while len(self.going) >= self.ahead * self.messages:
+            request, _, waited_for = self.going.popleft()
+            request.wait()
+        self.note("send", waited_for, start)
+        h = h.detach().contiguous()
+        self.going.append((dist.isend(h, self.rank + 1), h, self.batch))                # h must live until it is sent
+
+    def note(self, event, waited_for, start):
+        self.trace.append((self.rank, self.batch, event, waited_for, start, time.time()))
+
+    def steps(self, updates):
+        """Yield each update of an epoch, noting when the step on it is done."""
+        for update in updates:
+            start = time.time()
+            yield update
+            self.note("step", "", start)
+            self.batch += 1

@@ -6,7 +6,9 @@
     python eval.py runs/* --figure curves.png           accuracy against what varies among the runs (Figs. 4b, 7, Table 4)
     python eval.py --margins 0.4 0.1 8                  Fig. 4a
     python eval.py --show-views --dataset cifar10       the views of a few images as the network gets them
+    python eval.py runs/NAME --schedule                 Fig. 8 of a run with --pipeline: who worked on which batch when
     python eval.py --speed --model vit-128-4-5          Tables 2 and 6 on this machine: time and memory of training and inference
+    torchrun --nproc-per-node 2 eval.py --speed         Sec. 5.1: the pipeline against one process, and against BP in both
 
 A run's folder holds all that is needed; no setting has to be said again. Pictures need matplotlib, t-SNE scikit-learn.
 """
@@ -25,13 +27,16 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import normalize, pad
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy, normalize, pad
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cff import encode_neutral, predict
+from cff import encode, encode_neutral, predict, update
 from losses import ff_loss, margins, symba_loss
-from train import (CHOICES, COLOURS, DEFAULTS, LABELS, METRIC, SHAPES, Probe, Run, defaults, describe_device, hits, load_data,
-                   make_augment, make_model, make_optimizers, make_step, mean_and_std, pyplot, two_stages)
+from train import (CHOICES, COLOURS, DEFAULTS, LABELS, METRIC, SHAPES, Probe, Run, connect, defaults, describe_device, gather, hits,
+                   load_data, make_augment, make_model, make_optimizers, make_step, mean_and_std, part_of, pyplot, two_stages)
 
 NAMES = {"cff": "CFF", "cffm": "CFF+M", "ff": "FF", "symba": "SymBa", "collab": "FF Collab", "scl": "SCL", "bp": "BP+CE"}
 CLASSES = {"shapes": list(SHAPES), "mnist": list("0123456789"),
@@ -111,7 +116,7 @@ def read_groups(folders):
 
 def essential(settings):
     """The settings without those that say only where and with which seed."""
-    return {name: value for name, value in settings.items() if name not in ("seed", "out", "data_dir", "device")}
+    return {name: value for name, value in settings.items() if name not in ("seed", "out", "data_dir", "device", "pipeline")}
 
 
 def choosing_losses(settings, log):
@@ -501,7 +506,8 @@ def random_run(method, name, dataset, batch_size, device):
     model = make_model(settings, {"image_shape": shape, "num_classes": classes}).to(device)
     generator = torch.Generator(device)
     augment = make_augment(settings["augment"], settings["padding"], shape[0] * [0.5], shape[0] * [0.25], generator)
-    run = SimpleNamespace(settings=settings, model=model, augment=augment, generator=generator,
+    run = SimpleNamespace(settings=settings, model=model, augment=augment, generator=generator, device=device,
+                          facts={"image_shape": shape},
                           margins=margins(settings["m0"], settings["mL"], len(model.layers)),
                           loss=symba_loss if algo == "symba" else ff_loss)
     x = torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device)
@@ -515,22 +521,28 @@ def random_step(*case):
     return lambda: step(x, y)
 
 
-def step_memory(arguments):
-    """What two steps need at their peak beyond what was there before, in MB; None where it cannot be measured."""
-    *case, batch_size, device = arguments
-    random_step(*case, 8, device)()                     # a small step first: libraries are loaded, whatever the method
-    step = random_step(*case, batch_size, device)
+def peak_of(work, device):
+    """What `work`, a function, needs at its peak beyond what is there before, in MB; None where that cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         read = {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}
-    elif Path("/proc/self/status").exists():            # Linux: resident memory now and at its peak, in kB
+    elif Path("/proc/self/clear_refs").exists():        # Linux: resident memory now and at its peak, in kB; 5 forgets the peak
+        Path("/proc/self/clear_refs").write_text("5")
         lines = lambda: dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
         read = {key: lambda key=key: 1024 * int(lines()[key].split()[0]) for key in ("VmRSS", "VmHWM")}
     else:
         return None
     before = read["VmRSS"]()
-    step(), step()
+    work()
     return (read["VmHWM"]() - before) / 1e6
+
+
+def step_memory(arguments):
+    """`peak_of` two training steps: activations, gradients and the optimizers' moments."""
+    *case, batch_size, device = arguments
+    random_step(*case, 8, device)()                     # a small step first: libraries are loaded, whatever the method
+    step = random_step(*case, batch_size, device)
+    return peak_of(lambda: (step(), step()), device)
 
 
 def measure_memory(cases):
@@ -539,7 +551,7 @@ def measure_memory(cases):
     There large blocks go back to the system when they are freed: what is left is what the method holds, without what the
     C library's allocator keeps in reserve. {} where memory cannot be measured.
     """
-    if cases[0][-1].type != "cuda" and not Path("/proc/self/status").exists():
+    if cases[0][-1].type != "cuda" and not Path("/proc/self/clear_refs").exists():
         return {}
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"                # read by the new processes' glibc
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -628,6 +640,180 @@ def show_speed(record):
     print_table(rows, markdown=True)
 
 
+# --------------------------------------------------------------------------------------------- the pipeline (Sec. 5.1, Fig. 8)
+
+def read_trace(folder):
+    """trace.csv of a run with --pipeline, a dict a row: process, batch, event, waited_for (None if nothing), start, end.
+
+    Raises OSError if there is none.
+    """
+    path = Path(folder) / "trace.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder}: no trace of a pipeline here (trace.csv; train.py --pipeline writes it)")
+    with open(path, newline="") as file:
+        return [{"process": int(row["process"]), "batch": int(row["batch"]), "event": row["event"],
+                 "waited_for": int(row["waited_for"]) if row["waited_for"] else None,
+                 "start": float(row["start"]), "end": float(row["end"])} for row in csv.DictReader(file)]
+
+
+def longest_chain(trace):
+    """The most local steps of a trace that had to wait for each other: n + N - 1 for N batches on n processes (Sec. 5.1).
+
+    A process's step on a batch comes after its step before; after the step that it received its input from; and, if it waited
+    until an older message was taken, after the step that the taker had made before.
+    """
+    after = {(row["process"], row["batch"]): [(row["process"], row["batch"] - 1)] for row in trace if row["event"] == "step"}
+    for row in trace:
+        if row["event"] == "receive":
+            after[row["process"], row["batch"]].append((row["process"] - 1, row["waited_for"]))
+        if row["event"] == "send" and row["waited_for"] is not None:
+            after[row["process"], row["batch"]].append((row["process"] + 1, row["waited_for"] - 1))
+    length = {}
+    for step in sorted(after, key=lambda step: (step[1], step[0])):                     # by batch, then by process
+        length[step] = 1 + max(length.get(earlier, 0) for earlier in after[step])
+    return max(length.values())
+
+
+def show_schedule(folder, batches=8):
+    """Print what the processes of a pipeline did in the run's last epoch; draw its first batches, schedule.png in the folder."""
+    trace = read_trace(folder)
+    steps = [row for row in trace if row["event"] == "step"]
+    n, N, total = 1 + max(row["process"] for row in steps), 1 + max(row["batch"] for row in steps), max(row["end"] for row in steps)
+    print(f"{folder}: {N} batches on {n} processes: the longest chain of dependent steps has {longest_chain(trace)}; one process alone "
+          f"makes {n * N}")
+    rows = [["Process", "worked", "waited for its input", "waited to send", "idle before and after"]]
+    for process in range(n):
+        spent = {event: sum(row["end"] - row["start"] for row in trace if row["process"] == process and row["event"] == event)
+                 for event in ("step", "receive", "send")}
+        rows.append([process + 1, *(f"{seconds / total:.1%}" for seconds in (spent["step"] - spent["receive"] - spent["send"],
+                                                                           spent["receive"], spent["send"], total - spent["step"]))])
+    print_table(rows)
+    try:
+        draw_schedule(trace, n, min(batches, N), Path(folder) / "schedule.png")
+    except ImportError as reason:                                   # the numbers stand without it
+        print(reason)
+    return rows
+
+
+def draw_schedule(trace, n, batches, path):
+    """Fig. 8: a line for each of n processes, a bar for each step on the first `batches`, hatched where it waits."""
+    figure, axis = pyplot().subplots(figsize=(9, 1.5 + 0.5 * n), layout="constrained")
+    for row in trace:
+        if row["batch"] < batches:
+            place = dict(y=row["process"], left=row["start"], width=row["end"] - row["start"], height=0.8)
+            if row["event"] == "step":
+                axis.barh(**place, color=COLOURS[row["batch"] % 6], edgecolor="white")
+                axis.text((row["start"] + row["end"]) / 2, row["process"], row["batch"] + 1, ha="center", va="center", zorder=3)
+            else:                                                   # a wait within a step
+                axis.barh(**place, color="white", edgecolor="grey", hatch="////", linewidth=0, zorder=2)
+    axis.set(xlabel="seconds", yticks=range(n), yticklabels=[f"process {process + 1}" for process in range(n)],
+             title=f"{path.parent.name}: the steps on batches 1 to {batches} (hatched: waiting)")
+    axis.invert_yaxis()
+    save(figure, path)
+
+
+def piped_steps(method, N, *case):
+    """A function that trains on the same random batch N times, by all processes, each its layers; and the bytes of its `Stage`."""
+    run, x, y = random_run(method, *case)
+    part = part_of(run)
+    step, stage = make_step(part, make_optimizers(part.model, part.settings)), part.model
+
+    def epoch():
+        with stage.epoch([len(y)] * N):
+            for _ in stage.steps(range(N)):
+                step(x if stage.rank == 0 else y, y)
+        return y
+    return epoch
+
+
+def data_parallel_steps(N, *case):
+    """A function that trains N times by BP, each process on its share of the batch (DistributedDataParallel)."""
+    run, x, y = random_run("BP", *case)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = run.model
+
+        def forward(self, images):
+            return self.model.head(encode(self.model, images)[-1])
+
+    rows = torch.arange(len(y), device=y.device).tensor_split(dist.get_world_size())[dist.get_rank()]
+    whole, (optimizer,) = DistributedDataParallel(Whole()), make_optimizers(run.model, run.settings)
+
+    def epoch():
+        for _ in range(N):
+            update(optimizer, cross_entropy(whole(run.augment(x[rows])), y[rows]))
+        return y
+    return epoch
+
+
+def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
+    """Time N batches in the first process alone and in all of them: by the pipeline and, for BP, by DistributedDataParallel.
+
+    Returns the record that `show_pipeline_speed` prints; None in all processes but the first. Matrix products, the same number in
+    each process, tell what more processes can gain on this machine.
+    """
+    device, n = torch.device("cuda" if torch.cuda.is_available() else "cpu"), dist.get_world_size()
+    size, case = 8192 if device.type == "cuda" else 2048, (name, dataset, batch_size, device)
+    piped_steps("CFF+M, 1 view", 1, name, dataset, 8, device)()     # a small step first, as in step_memory
+    memory = gather(peak_of(piped_steps("CFF+M, 1 view", 2, *case), device), device)
+    matrix = torch.randn(size, size, device=device)
+
+    def repeat(N, step):
+        def steps():
+            for _ in range(N):
+                result = step()
+            return result
+        return steps
+
+    def together(steps):                                            # from one moment at which all are ready to another
+        def run():
+            dist.barrier()
+            result = steps()
+            dist.barrier()
+            return result
+        return run
+
+    def alone(steps):
+        return together(steps if dist.get_rank() == 0 else lambda: matrix[0, 0])
+
+    product = repeat(10, lambda: matrix @ matrix)
+    steps = {"Matrix products": (product, product)}
+    for method in ("CFF+M, 1 view", "CFF+M, 2 views"):
+        steps[method] = (repeat(N, random_step(method, *case)), piped_steps(method, N, *case))
+    steps["BP"] = (repeat(N, random_step("BP", *case)), data_parallel_steps(N, *case))
+    times = timed({(what, way): together(s) if way else alone(s) for what, both in steps.items() for way, s in enumerate(both)}, rounds)
+    if memory is None:
+        return None
+    work = {what: n if what == "Matrix products" else 1 for what in steps}              # of all processes to that of one alone
+    return {"command": f"torchrun --nproc-per-node {n} " + " ".join(sys.argv), "device": describe_device(device),
+            "torch": torch.__version__, "model": name, "dataset": dataset, "batch_size": batch_size, "rounds": rounds, "batches": N,
+            "processes": n, "megabytes": memory,
+            "methods": {what: {"alone": statistics.median(times[what, 0]), "together": statistics.median(times[what, 1]),
+                               "gain": [work[what] * a / b for a, b in zip(times[what, 0], times[what, 1])],
+                               "to_bp": [b / a for a, b in zip(times[what, 1], times["BP", 1])]} for what in steps}}
+
+
+def show_pipeline_speed(record):
+    """Print a record of `pipeline_speed` as a Markdown table."""
+    print("{batches} batches of {batch_size} random images of {dataset}'s sizes, {model}, {processes} processes, {device}, torch {torch}; "
+          "medians of {rounds} rounds (least-most):\n".format(**record))
+    rows = [["What", "One process, s", f"{record['processes']} processes, s", "Gain", "Gain / matrix products'", "Faster than BP in all"]]
+    most = record["methods"]["Matrix products"]["gain"]
+    for what, row in record["methods"].items():
+        share = [gain / product for gain, product in zip(row["gain"], most)]
+        rows.append([what, f"{row['alone']:.1f}", f"{row['together']:.1f}", ranged(row["gain"]), ranged(share),
+                     "-" if what == "Matrix products" else ranged(row["to_bp"])])
+    print_table(rows, markdown=True)
+    print("\nPeak memory of each process for its layers, one view, MB: " + ", ".join(f"{mb:.0f}" for mb in record["megabytes"]))
+
+
+def ranged(values):
+    """Median of values, their least and most: "1.80 (1.75-1.84)"."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
 # ---------------------------------------------------------------------------------------------------------- command line
 
 ERRORS = (OSError, ValueError, RuntimeError, ImportError)           # no run, a damaged one, no data, senseless sizes, no matplotlib
@@ -638,6 +824,7 @@ def main():
                                      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs: one to test it, several for a table")
     parser.add_argument("--layers", action="store_true", help="Fig. 5 of each run, layer by layer")
+    parser.add_argument("--schedule", action="store_true", help="Fig. 8 of each run with --pipeline; schedule.png in its folder")
     parser.add_argument("--data-dir", help="where the data sets are, if not where the run found them")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, also that of one run")
     parser.add_argument("--figure", metavar="FILE", help="draw the runs' accuracies, or name the picture of the next two")
@@ -648,18 +835,26 @@ def main():
     parser.add_argument("--model", default="vit-128-4-5", help="for --speed [vit-128-4-5]")
     parser.add_argument("--batch-size", type=int, default=512, help="for --speed [512]")
     parser.add_argument("--rounds", type=int, default=5, help="for --speed: measured steps of each method [5]")
+    parser.add_argument("--batches", type=int, default=80, help="for --speed with torchrun: batches of each measurement [80]")
     parser.add_argument("--json", metavar="FILE", help="for --speed: write the numbers there too")
     args = parser.parse_args()
-    if bool(args.runs) + args.speed + bool(args.margins) + args.show_views != 1 or args.rounds < 1:
+    if bool(args.runs) + args.speed + bool(args.margins) + args.show_views != 1 or min(args.rounds, args.batches) < 1:
         parser.error("name the folders of runs, or say one of --margins, --show-views, --speed (with --rounds 1 or more)")
-    if args.layers and args.figure:
-        parser.error("--layers writes layers.png into each run's folder; --figure is for tables")
+    if (args.layers or args.schedule) and args.figure:
+        parser.error("--layers and --schedule write pictures into each run's folder; --figure is for tables")
     folders = [folder for name in args.runs for folder in sorted(glob.glob(name)) or [name]]       # some shells leave * to us
     try:
         if args.speed:
-            record = speed(args.model, args.batch_size, args.rounds, args.dataset or "cifar10")
-            show_speed(record)
-            if args.json:
+            case, piped = (args.model, args.batch_size, args.rounds), "WORLD_SIZE" in os.environ        # started by torchrun
+            if piped:
+                connect()
+                record = pipeline_speed(*case, args.batches, args.dataset or "cifar10")
+                dist.destroy_process_group()
+            else:
+                record = speed(*case, args.dataset or "cifar10")
+            if record:                                              # only the first process has it
+                show_pipeline_speed(record) if piped else show_speed(record)
+            if record and args.json:
                 Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
         elif args.margins:
             m0, mL, L = args.margins
@@ -667,11 +862,11 @@ def main():
         elif args.show_views:
             settings = defaults(args.dataset or "shapes", "cffm")
             draw_views(settings | {"data_dir": args.data_dir or settings["data_dir"]}, args.figure or "views.png")
-        elif args.layers:
+        elif args.layers or args.schedule:
             shown = 0
             for folder in folders:                                  # one that fails does not keep the others from being shown
                 try:
-                    shown += bool(show_layers(folder, args.data_dir))
+                    shown += bool(show_layers(folder, args.data_dir) if args.layers else show_schedule(folder))
                 except ERRORS as reason:
                     print(f"eval.py: {str(reason).splitlines()[0]}", file=sys.stderr)
             if not shown:

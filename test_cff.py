@@ -9,9 +9,11 @@ import copy
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -1125,6 +1127,29 @@ def test_eval_of_a_folder_without_weights_ends_with_one_line_and_status_2(tmp_pa
     assert ended.value.code == 2 and "best.pt" in capsys.readouterr().err.splitlines()[-1]
 
 
+def assert_same_runs(one, other):
+    """Two runs' weights, optimizers, random states and logs are equal bit for bit, their seconds apart."""
+    for file in ("best.pt", "last.pt"):
+        a, b = (torch.load(run / file, weights_only=True) for run in (one, other))
+        for part in (a, b):
+            part.pop("settings", None)                              # where they are written
+            for row in part.get("log", []):
+                row.pop("seconds")
+        assert equal(a, b), f"{file} of {one.name} and {other.name} differ"
+    assert read_log(one) == read_log(other)
+
+
+def equal(a, b):
+    """Whether nested dicts and lists of tensors and numbers are the same."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 def stop_and_resume(tmp_path, monkeypatch, flags, name, stop):
     """Two runs with the same flags, one of them stopped where `stop`, put in the place of train.NAME, says, and resumed."""
     run_main(*flags, "--out", tmp_path / "whole")
@@ -1133,11 +1158,7 @@ def stop_and_resume(tmp_path, monkeypatch, flags, name, stop):
         with pytest.raises(SystemExit, match="go on with: python train.py --resume --out"):
             run_main(*flags, "--out", tmp_path / "parts")
     run_main("--resume", "--out", tmp_path / "parts")
-    load = lambda run, file: torch.load(tmp_path / run / file, weights_only=True)
-    assert same(load("whole", "best.pt")["model"], load("parts", "best.pt")["model"])
-    assert same(load("whole", "last.pt")["model"], load("parts", "last.pt")["model"])
-    assert torch.equal(load("whole", "last.pt")["generator"], load("parts", "last.pt")["generator"])
-    assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("stage, epoch, flags", [
@@ -1165,6 +1186,145 @@ def test_a_crash_between_two_files_loses_nothing(tmp_path, monkeypatch, stop_at)
 
     flags = [*SMALL, "--epochs", "1", "--head-epochs", "1", "--limit", "180"]
     stop_and_resume(tmp_path, monkeypatch, flags, "write", write_and_stop)
+
+
+# ------------------------------------------------------------------------------------------- Section 5.1, Fig. 8: the pipeline
+
+PIPED = ["--device", "cpu", "--patch-size", "16", "--limit", "225", "--batch-size", "64", "--epochs", "2", "--head-epochs", "1"]
+
+
+def start(folder, processes, *flags, script=HERE / "train.py"):
+    """Run train.py --pipeline by torchrun in `folder`, one thread a process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, script, *flags, "--pipeline"]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run_alone(*flags):
+    """Run train.py in this process, with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_main(*flags)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unpiped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    run_alone(*PIPED, "--model", "vit-16-2-4", "--out", folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(unpiped, tmp_path, n, capsys):
+    done = start(tmp_path, n, *PIPED, "--model", "vit-16-2-4", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert_same_runs(unpiped, run)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (unpiped, run)]
+    assert results[0]["test_top1"] == results[1]["test_top1"] and results[0]["val_top10"] == results[1]["val_top10"]
+    trace = evaluation.read_trace(run)                              # 4 batches, the last one smaller
+    steps = sorted((row["process"], row["batch"]) for row in trace if row["event"] == "step")
+    assert steps == [(process, batch) for process in range(n) for batch in range(4)]
+    assert evaluation.longest_chain(trace) == n + 4 - 1             # L + N - 1, one layer or two a process
+    for row in trace:                                               # no message came before it was made
+        if row["event"] == "receive":
+            sent = min(other["end"] for other in trace if other["event"] == "send"
+                       and (other["process"], other["batch"]) == (row["process"] - 1, row["batch"]))
+            assert row["end"] > sent
+    evaluation.show_schedule(run)
+    assert f"the longest chain of dependent steps has {n + 3}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--algo", "ff", "--model", "vit-16-2-3"], ["--algo", "symba", "--head", "--model", "mlp-16-3"],
+                                   ["--algo", "cff", "--views", "1", "--pool", "token", "--model", "vit-16-2-3"]], ids=" ".join)
+def test_fig8_other_methods_and_models_in_the_pipeline(tmp_path, flags):
+    run_alone(*PIPED, *flags, "--epochs", "1", "--out", tmp_path / "one")
+    done = start(tmp_path, 2, *PIPED, *flags, "--epochs", "1", "--out", "piped")
+    assert done.returncode == 0, done.stderr
+    assert_same_runs(tmp_path / "one", tmp_path / "piped")
+
+
+def test_fig8_a_dead_process_ends_the_run_which_goes_on_in_other_processes(unpiped, tmp_path):
+    (tmp_path / "dies.py").write_text(f"""if True:
+        import os, sys
+        sys.path.insert(0, {str(HERE)!r})
+        import train
+        whole, epochs = train.train_layers, []
+        def train_layers(*arguments):
+            epochs.append(1)
+            if len(epochs) == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), 9)
+            return whole(*arguments)
+        train.train_layers = train_layers
+        train.main()""")
+    began = time.time()
+    done = start(tmp_path, 2, *PIPED, "--model", "vit-16-2-4", "--out", "run", script=tmp_path / "dies.py")
+    assert done.returncode != 0 and time.time() - began < 120
+    assert [row["epoch"] for row in read_log(tmp_path / "run")] == ["1"]
+    done = start(tmp_path, 3, "--resume", "--out", "run")           # three go on with what two began
+    assert done.returncode == 0, done.stderr
+    assert_same_runs(unpiped, tmp_path / "run")
+    assert start(tmp_path, 2, "--resume", "--out", "run").returncode == 0, "nothing is left to do in stage 1"
+
+
+@pytest.mark.parametrize("waits, chain", [
+    ("a message's own step", 2 + 5 - 1),                            # as here: it waits for the input alone
+    ("two batches behind", 2 + 5 - 1),                              # and for room, once two batches are on their way
+    ("for the batch before to be taken", 2 * 5),                    # were there room for one message: both work by turns
+], ids=str)
+def test_fig8_longest_chain_by_hand(waits, chain):
+    step = lambda process, batch, event, waited_for=None: dict(process=process, batch=batch, event=event, waited_for=waited_for)
+    trace = [step(process, batch, "step") for process in (0, 1) for batch in range(5)]
+    trace += [step(1, batch, "receive", batch) for batch in range(5)]
+    if waits == "two batches behind":
+        trace += [step(0, batch, "send", batch - 2 if batch > 1 else None) for batch in range(5)]
+    if waits == "for the batch before to be taken":
+        trace += [step(0, batch, "send", batch) for batch in range(5)]
+    assert evaluation.longest_chain(trace) == chain
+
+
+def test_fig8_layers_are_shared_out_evenly_and_in_order(monkeypatch):
+    for L in range(1, 7):
+        for n in range(1, L + 1):
+            monkeypatch.setattr(cff.dist, "get_world_size", lambda: n)
+            stages = []
+            for rank in range(n):
+                monkeypatch.setattr(cff.dist, "get_rank", lambda: rank)
+                stages.append(cff.Stage(vit.build_model(f"mlp-8-{L}", (1, 4, 4), 10), (8,), messages=1))
+            assert [l for stage in stages for l in range(stage.first, stage.end)] == list(range(L))
+            sizes = [len(stage.layers) for stage in stages]
+            assert max(sizes) - min(sizes) <= 1 and [stage.is_last for stage in stages] == [False] * (n - 1) + [True]
+    monkeypatch.setattr(cff.dist, "get_world_size", lambda: 7)
+    with pytest.raises(ValueError, match="7 processes for 6 layers"):
+        cff.Stage(vit.build_model("mlp-8-6", (1, 4, 4), 10), (8,), messages=1)
+
+
+@pytest.mark.parametrize("flags, world, words", [
+    (["--pipeline"], None, "torchrun --nproc-per-node 2 train.py --pipeline"), ([], "2", "torchrun with --pipeline"),
+    (["--pipeline", "--algo", "bp"], "2", "gradients cross all layers"), (["--pipeline", "--algo", "scl"], "2", "gradients"),
+    (["--pipeline", "--algo", "collab"], "2", "needs the goodness of all others"),
+])
+def test_fig8_what_cannot_be_piped_is_refused(tmp_path, capsys, monkeypatch, flags, world, words):
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(SystemExit) as ended:
+        run_main(*flags, "--out", tmp_path / "run")
+    assert ended.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_section_5_1_speed_of_the_pipeline(monkeypatch, capsys):
+    """One process is enough to see that each way is timed and told."""
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
+        monkeypatch.setenv(name, value)
+    train.connect()
+    record = evaluation.pipeline_speed("vit-8-2-2", 8, 1, 2)
+    cff.dist.destroy_process_group()
+    assert list(record["methods"]) == ["Matrix products", "CFF+M, 1 view", "CFF+M, 2 views", "BP"] and record["processes"] == 1
+    for row in record["methods"].values():
+        assert row["gain"] == [pytest.approx(row["alone"] / row["together"])] and row["together"] > 0
+    evaluation.show_pipeline_speed(json.loads(json.dumps(record)))
+    assert re.search(r"\| CFF\+M, 2 views +\| \d", capsys.readouterr().out)
 
 
 def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ weights) and result.json (test accuracy). `python eval.py runs/NAME` reads it.
 """
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -20,17 +21,19 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2 import functional as ops
 
-from cff import (bp_step, cff_step, collab_step, encode, encode_neutral, features, ff_step, gammas, head_step, layer_goodness,
-                 predict, scl_step, wrong_labels)
+from cff import (Stage, bp_step, cff_step, collab_step, encode, encode_neutral, features, ff_step, gammas, head_step,
+                 layer_goodness, predict, scl_step, wrong_labels)
 from losses import contrastive_loss, ff_loss, marginal_contrastive_loss, margins, saturated, symba_loss
 from vit import build_model
 
@@ -69,6 +72,7 @@ SETTINGS = {
     "skip_first": (False, "ff, symba, collab: predict without the first layer's goodness"),
     "seed": (0, "of the validation split, the weights and every draw"),
     "device": ("auto", "cpu, cuda, or auto: cuda if there is one"),
+    "pipeline": (False, "train the layers in several processes at once, started by torchrun (Sec. 5.1)"),
     "out": ("", "folder of the run; if not given, runs/ and a name made of what is typed"),
 }
 DEFAULTS = {name: default for name, (default, _) in SETTINGS.items()}
@@ -100,6 +104,8 @@ RECIPES = {
 # Methods whose images carry a label, and how on an MLP (Fig. 2b, 2c); methods that train all layers together.
 LABELS = {"ff": "one-hot", "collab": "one-hot", "symba": "random"}
 END_TO_END = ("scl", "bp")
+TIED = {"scl": "gradients cross all layers", "bp": "gradients cross all layers",
+        "collab": "each layer's loss needs the goodness of all others"}                 # what --pipeline cannot train
 METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
 # Ranges that catch typing errors; vit.py and losses.py check the rest.
 LIMITS = {
@@ -154,7 +160,7 @@ def parse(argv=None):
     if not settings["out"]:
         model = "-".join(re.findall(r"\w+", settings["model"].lower()))
         others = [name.replace("_", "") + str(typed[name]).removesuffix("True") for name in SETTINGS if name in typed
-                  and name not in ("dataset", "algo", "model", "seed", "data_dir", "device", "out")]
+                  and name not in ("dataset", "algo", "model", "seed", "data_dir", "device", "pipeline", "out")]
         settings["out"] = "runs/" + "-".join(filter(None, [settings["dataset"], settings["algo"], model, recipe, *others,
                                                            f"s{settings['seed']}"]))
     for name, (lowest, highest) in LIMITS.items():
@@ -162,18 +168,23 @@ def parse(argv=None):
             parser.error(f"{flag(name)} must lie in {lowest}..{highest}; got {settings[name]}")
     if (settings["head"] or settings["skip_first"]) and settings["algo"] not in LABELS:
         parser.error("--head and --skip-first are for ff, symba and collab")
+    if settings["pipeline"] != ("WORLD_SIZE" in os.environ):
+        parser.error("--pipeline goes with torchrun, and torchrun with --pipeline: torchrun --nproc-per-node 2 train.py --pipeline")
     config = Path(settings["out"]) / "config.json"
     if config.exists() and not resume:
         parser.error(f"{config.parent} holds a run already: go on with it (--resume), or name another folder (--out)")
     if resume and not config.exists():
         parser.error(f"there is no run in {config.parent} to resume")
     if resume:
-        settings = {**DEFAULTS, **json.loads(config.read_text())["settings"], "out": str(config.parent)}
+        settings = {**DEFAULTS, **json.loads(config.read_text())["settings"], "out": str(config.parent),
+                    "pipeline": settings["pipeline"]}
         settings["data_dir"] = typed.get("data_dir", settings["data_dir"])
         for name, value in typed_or_meant.items():
             if settings[name] != value:
                 parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}, not {value}; --resume keeps "
                              "its settings")
+    if settings["pipeline"] and settings["algo"] in TIED:
+        parser.error(f"--pipeline trains layers that need nothing of later ones; with {settings['algo']} {TIED[settings['algo']]}")
     return settings, resume
 
 
@@ -477,30 +488,22 @@ def accuracy(model, images, y, normalise, settings):
 class Run:
     """One training run: settings, data, model, random state, how far it is, and its folder on disk."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, facts=None):
+        """facts: of the data; given to the later processes of a pipeline, which have none themselves."""
         self.settings, self.folder = settings, Path(settings["out"])
         best = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(best if settings["device"] == "auto" else settings["device"])
         if self.device.type == "cuda" and best == "cpu":
             raise ValueError("--device cuda: torch finds no CUDA device here")
-        train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
-        self.classes = int(train_y.max()) + 1
-        parts = split(train_x, train_y, settings, self.classes)
-        if not needs_no_pairs(settings) and any(len(y.unique()) == len(y) for _, y in parts):
-            raise ValueError("with --views 1, training and validation data need two images of a class")
-        if settings["padding"] > train_x.shape[-1]:
-            raise ValueError(f"--padding {settings['padding']} is more than the image's side, {train_x.shape[-1]}")
-        self.train, self.val, self.test = (tuple(t.to(self.device) for t in part) for part in [*parts, (test_x, test_y)])
-        mean, std = mean_and_std(parts[0][0])
-        self.facts = {"image_shape": list(train_x.shape[1:]), "num_classes": self.classes, "mean": mean, "std": std,
-                      "images": [len(part[1]) for part in (self.train, self.val, self.test)]}
+        self.facts = facts or self.read_data()
+        self.classes = self.facts["num_classes"]
 
         torch.manual_seed(settings["seed"])
         self.model = make_model(settings, self.facts).to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(settings["seed"])
         self.val_generator = torch.Generator(self.device)
         flip = settings["dataset"] != "mnist"                       # a mirrored digit is another sign
-        make = lambda kind, generator: make_augment(kind, settings["padding"], mean, std, generator, flip)
+        make = lambda kind, generator: make_augment(kind, settings["padding"], self.facts["mean"], self.facts["std"], generator, flip)
         self.augment = make(settings["augment"], self.generator)
         self.val_augment = make(settings["augment"], self.val_generator)
         self.normalise = make("none", self.generator)
@@ -509,7 +512,23 @@ class Run:
                         }.get(settings["algo"])
         self.loss = partial(symba_loss, alpha=settings["alpha"]) if settings["algo"] == "symba" else \
             partial(ff_loss, threshold=settings["threshold"])       # of ff, symba and collab
+        self.part, self.later_states = None, []                     # of a pipeline
         self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0, "encoder_epoch": 0, "log": []}
+
+    def read_data(self):
+        """Put training, validation and test data on the device; returns their shape, classes, mean, deviation and numbers."""
+        settings = self.settings
+        train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
+        classes = int(train_y.max()) + 1
+        parts = split(train_x, train_y, settings, classes)
+        if not needs_no_pairs(settings) and any(len(y.unique()) == len(y) for _, y in parts):
+            raise ValueError("with --views 1, training and validation data need two images of a class")
+        if settings["padding"] > train_x.shape[-1]:
+            raise ValueError(f"--padding {settings['padding']} is more than the image's side, {train_x.shape[-1]}")
+        self.train, self.val, self.test = (tuple(t.to(self.device) for t in part) for part in [*parts, (test_x, test_y)])
+        mean, std = mean_and_std(parts[0][0])
+        return {"image_shape": list(train_x.shape[1:]), "num_classes": classes, "mean": mean, "std": std,
+                "images": [len(part[1]) for part in (self.train, self.val, self.test)]}
 
     def start(self):
         """Make the folder and write down every setting, the data, versions and machine."""
@@ -526,8 +545,10 @@ class Run:
             content = {"model": self.model.state_dict(), "settings": self.settings, "data": self.facts}
             write(self.folder / "best.pt", lambda path: torch.save(content, path))
         checkpoint = {**self.state, "model": self.model.state_dict(), "generator": self.generator.get_state(),
-                      "optimizers": [optimizer.state_dict() for optimizer in optimizers], "device": self.device.type}
+                      "optimizers": [optimizer.state_dict() for optimizer in optimizers] + self.later_states,
+                      "device": self.device.type}
         write(self.folder / "last.pt", lambda path: torch.save(checkpoint, path))
+        self.later_states = []
         write(self.folder / "log.csv", self.write_log)
 
     def write_log(self, path):
@@ -628,8 +649,9 @@ def make_step(run, optimizers):
     return lambda x, y: bp_step(model, optimizers[0], x, y, augment)
 
 
-def encoder_epoch(run, optimizers, updates):
-    """Stage 1: a training step on every batch of `updates`, then validation; (columns of the log, validation loss)."""
+def train_layers(run, optimizers, updates):
+    """Stage 1, training: a step on every batch of `updates`. Sums over the images seen: {"n": their number, "loss": (L,) or a
+    scalar, "saturated": (L, 2) or 0, "probe": of the last layer}."""
     loss, share, n, probe, step = 0, 0, 0, Probe(run.classes), make_step(run, optimizers)
     with watch(run.model) as seen:
         for x, y in updates:
@@ -645,10 +667,16 @@ def encoder_epoch(run, optimizers, updates):
             probe.add(f[-1], labels)
             for outputs in seen:
                 outputs.clear()
+    return {"n": n, "loss": loss, "saturated": share, "probe": probe}
+
+
+def encoder_epoch(run, optimizers, updates):
+    """Stage 1: a training step on every batch of `updates`, then validation; (columns of the log, validation loss)."""
+    sums = train_layers(run, optimizers, updates) if run.part is None else piped_epoch(run, optimizers, updates)
     run.val_generator.manual_seed(run.settings["seed"])                                 # the same views every epoch
-    val_loss, val_share, probe_accuracy = validate_encoder(run, probe)
-    L = len(run.model.layers)
-    row = {**by_layer("train_loss", loss / n, L), **by_layer("val_loss", val_loss, L)}
+    val_loss, val_share, probe_accuracy = validate_encoder(run, sums["probe"])
+    L, share = len(run.model.layers), sums["saturated"]
+    row = {**by_layer("train_loss", sums["loss"] / sums["n"], L), **by_layer("val_loss", val_loss, L)}
     if run.margins:
         row |= {**by_layer("train_saturated", share[:, 0] / share[:, 1], L),
                 **by_layer("val_saturated", val_share[:, 0] / val_share[:, 1], L)}
@@ -708,25 +736,34 @@ def head_epoch(run, optimizers, updates):
     return row, row["val_loss_head"]
 
 
+def set_rate(optimizers, rate):
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = rate
+
+
 def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
     """All epochs of a stage that are still to do, each with its row in the log and its checkpoint."""
     state, (images, y), settings = run.state, run.train, run.settings
     show_start(run, stage)
     steps = math.ceil(len(y) / settings["batch_size"])
 
-    def updates():                                          # the batches of one epoch, each with its learning rate
+    def plan():                                             # the updates of one epoch: learning rate, rows of the images
         order = torch.randperm(len(y), device=run.device, generator=run.generator)
         parts = batches(order, y, settings) if stage == 1 else order.split(settings["batch_size"])
-        for i, rows in enumerate(parts):
-            rate = learning_rate(state["epoch"] * steps + i, epochs * steps, settings, base_rate, warmup)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = rate
+        return [(learning_rate(state["epoch"] * steps + i, epochs * steps, settings, base_rate, warmup), rows)
+                for i, rows in enumerate(parts)]
+
+    def updates(planned):                                   # the batches of one epoch
+        for i, (rate, rows) in enumerate(planned):
+            set_rate(optimizers, rate)
             yield images[rows], y[rows]
             show_progress(run, stage, i + 1, steps, epochs, time.time() - start)
 
     while state["epoch"] < epochs:
-        start = time.time()
-        columns, val_loss = one_epoch(run, optimizers, updates())
+        start, planned = time.time(), plan()
+        if run.part and stage == 1:
+            run.part.planned = share([(rate, y[rows]) for rate, rows in planned], run.device)
+        columns, val_loss = one_epoch(run, optimizers, updates(planned))
         state["epoch"] += 1
         row = {"stage": stage, "epoch": state["epoch"], **columns, "seconds": round(time.time() - start, 2)}
         best = val_loss < state["best"]
@@ -751,8 +788,11 @@ def train(run, optimizer_states=()):
         model.load_state_dict(torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)["model"])
 
     if state["stage"] == 1:
-        train_stage(run, 1, take_up(make_optimizers(model, settings)), encoder_epoch, settings["epochs"], settings["lr"],
-                    settings["warmup"])
+        optimizers = take_up(make_optimizers((run.part or run).model, settings))
+        train_stage(run, 1, optimizers, encoder_epoch, settings["epochs"], settings["lr"], settings["warmup"])
+        if run.part:
+            share(None, run.device)                         # the later processes are done
+            run.part = None
         take_best()
         state["encoder_epoch"] = state["best_epoch"]
         if two_stages(settings):
@@ -775,6 +815,109 @@ def train(run, optimizer_states=()):
     except ImportError:                                     # matplotlib is optional
         pass
     return result
+
+
+# ------------------------------------------------------------------------------- the pipeline of layers (Sec. 5.1, Fig. 8)
+
+def connect():
+    """Join the processes that torchrun started; each has a GPU of its own if there are any."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def pack(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def unpack(data, device):
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=False)        # from our own processes alone
+
+
+def share(value, device):
+    """In every process the first one's value, its tensors on `device`."""
+    box = [pack(value)] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return unpack(box[0], device)
+
+
+def gather(value, device):
+    """In the first process a list of every process's value, tensors on `device`; None in the others."""
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(pack(value), values)
+    return values and [unpack(data, device) for data in values]
+
+
+def part_of(run):
+    """A copy of `run` for the layers of this process: its model is a cff.Stage. A later process drops all other layers."""
+    model, part = run.model, copy(run)
+    image, label = torch.zeros(1, *run.facts["image_shape"]), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        h = model.layers[0](model.patches(image.to(run.device), None if model.labels is None else label.to(run.device)))
+    # FF, SymBa: true label, wrong label, and the neutral one for the probe
+    part.model = stage = Stage(model, h.shape[1:], messages=run.settings["views"] if model.labels is None else 3)
+    part.margins = run.margins and run.margins[stage.first:stage.end]
+    if stage.rank > 0:
+        part.augment = part.normalise = lambda y: y                 # where there are no images, their labels stand for them
+    return part
+
+
+def split_layers(run, optimizer_states):
+    """In the first process: give each process its layers; returns the states of this one's optimizers."""
+    run.part = part_of(run)
+    share((run.settings, run.facts, run.model.state_dict(), optimizer_states), run.device)
+    return optimizer_states[:run.part.model.end]
+
+
+def assist():
+    """What a later process does: train its layers, epoch by epoch, as the first one says; it reads and writes no files."""
+    connect()
+    start = share(None, "cpu")
+    if start is not None:                                           # else stage 1 is over
+        settings, facts, weights, states = start
+        run = Run(settings, facts)
+        run.model.load_state_dict(weights)
+        part = part_of(run)
+        optimizers = make_optimizers(part.model, settings)
+        for optimizer, state in zip(optimizers, states[part.model.first:]):
+            optimizer.load_state_dict(state)
+        del start, run, weights, states
+
+        def updates():
+            for rate, y in part.planned:
+                set_rate(optimizers, rate)
+                yield y, y
+
+        while planned := share(None, part.device):
+            part.planned = planned
+            train_part(part, optimizers, updates())
+    dist.destroy_process_group()
+
+
+def train_part(part, optimizers, updates):
+    """An epoch of `train_layers` in this process; in the first one, what all of them return."""
+    stage = part.model
+    with stage.epoch([len(y) for _, y in part.planned]):
+        sums = train_layers(part, optimizers, stage.steps(updates))
+    return gather(sums | {"layers": [layer.state_dict() for layer in stage.layers], "trace": stage.trace,
+                          "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, part.device)
+
+
+def piped_epoch(run, optimizers, updates):
+    """In the first process: `train_layers` by all processes; takes up their weights and writes trace.csv (`Stage.trace`)."""
+    parts = train_part(run.part, optimizers, updates)
+    for layer, weights in zip(run.model.layers, (weights for part in parts for weights in part["layers"])):
+        layer.load_state_dict(weights)
+    run.later_states = [state for part in parts[1:] for state in part["optimizers"]]
+    first = min(row[4] for part in parts for row in part["trace"])
+    lines = [f"{process},{batch},{event},{waited_for},{start - first:.6f},{end - first:.6f}\n"
+             for part in parts for process, batch, event, waited_for, start, end in part["trace"]]
+    write(run.folder / "trace.csv", lambda path: path.write_text("process,batch,event,waited_for,start,end\n" + "".join(lines)))
+    return {"n": parts[0]["n"], "probe": parts[-1]["probe"], "loss": torch.cat([part["loss"] for part in parts]),
+            "saturated": torch.cat([part["saturated"] for part in parts]) if run.margins else 0}
 
 
 # ------------------------------------------------------------------------------------------------------ what a run says
@@ -885,10 +1028,18 @@ def draw_curves(run):
 
 
 def main(argv=None):
+    if int(os.environ.get("RANK", 0)) > 0:
+        return assist()
     try:
         settings, resume = parse(argv)
+        if settings["pipeline"]:
+            connect()
         run = Run(settings)
         optimizer_states = run.load() if resume else []
+        if settings["pipeline"] and run.state["stage"] == 1:
+            optimizer_states = split_layers(run, optimizer_states)
+        elif settings["pipeline"]:
+            share(None, run.device)                             # nothing is left to the later processes
         if not resume:
             run.start()
     except (OSError, ValueError, RuntimeError) as reason:       # data, model, folder or device that cannot be

@@ -316,7 +316,7 @@ def draw_angles(axis, three, positive, negative):
         cosine = max(-1.0, min(1.0, cosine))
         x, y = cosine, sign * (1 - cosine ** 2) ** 0.5
         axis.plot([0, x], [0, y], color=colour, lw=2)
-        place = 1.35 * x + 0.1 * (sign == 0), 1.35 * y + 0.42 * sign * (abs(y) < 0.3)
+        place = 1.35 * x + 0.1 * (sign == 0), sign * max(0.7, 1.35 * abs(y))            # never over the anchor
         axis.add_artist(AnnotationBbox(show_image(OffsetImage, image, zoom=28 / image.shape[-1]), place, pad=0.15,
                                        bboxprops={"edgecolor": colour}))
     axis.set(xlim=(-1.9, 1.9), ylim=(-1.9, 1.9), xticks=[], yticks=[], aspect="equal")
@@ -425,9 +425,9 @@ def draw_by_epoch(axis, groups):
     """The probe's validation accuracy by epoch, a line a method: the mean over the seeds, and from the least to the most."""
     for number, runs in enumerate(groups):
         by_epoch = list(zip(*[[row["probe"] for row in run.log] for run in runs]))
-        epochs, look = range(1, len(by_epoch) + 1), {"color": COLOURS[number]}
-        axis.plot(epochs, [statistics.mean(values) for values in by_epoch], label=NAMES[runs[0].settings["algo"]], ms=5,
-                  marker="osD^vPX"[number], markevery=max(1, len(by_epoch) // 10), **look)
+        epochs, look, algo = range(1, len(by_epoch) + 1), {"color": COLOURS[number]}, runs[0].settings["algo"]
+        axis.plot(epochs, [statistics.mean(values) for values in by_epoch], marker="osD^vPX"[number], ms=5, **look,
+                  markevery=max(1, len(by_epoch) // 10), label=NAMES[algo] + (" (neutral label)" if algo in LABELS else ""))
         axis.fill_between(epochs, [min(values) for values in by_epoch], [max(values) for values in by_epoch], alpha=0.15, **look)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epoch", ylabel="validation accuracy of the probe, %")
@@ -447,7 +447,7 @@ def draw_runs(folders, path):
         draw_by_epoch(axis, groups)
     seeds = sorted({run.settings["seed"] for group in groups for run in group})
     about = {"dataset": record.settings["dataset"], "model": record.settings["model"], "limit": f"{record.images[0]} images",
-             "augment": record.settings["augment"]}
+             "augment": f"augment {record.settings['augment']}"}
     fixed = [text for name, text in about.items() if name != varied and not (name == "limit" and varied == "missing")]
     axis.set_title(f"{', '.join(fixed)}; seeds {', '.join(map(str, seeds))}", fontsize=10)
     axis.grid(alpha=0.3)
@@ -479,7 +479,7 @@ def draw_views(settings, path, n=8):
         augment = make_augment(kind, settings["padding"], mean, std, torch.Generator().manual_seed(settings["seed"]),
                                flip=settings["dataset"] != "mnist")
         shown |= {f"{kind}, view {view}": back(augment(images)) for view in (1, 2)}
-    figure, axes = pyplot().subplots(len(shown), 1, figsize=(n + 1.5, len(shown)), layout="constrained")
+    figure, axes = pyplot().subplots(len(shown), 1, figsize=(n + 2.5, len(shown)), layout="constrained")
     for axis, (name, x) in zip(axes, shown.items()):
         strip = torch.cat(list(pad(x, [1, 1, 1, 1], value=1)), dim=2).clamp(0, 1)       # (C, H + 2, n (W + 2))
         show_image(axis.imshow, strip)
@@ -698,13 +698,17 @@ def show_schedule(folder, batches=8):
 def draw_schedule(trace, n, batches, path):
     """Fig. 8: a line for each of n processes, a bar for each step on the first `batches`, hatched where it waits."""
     figure, axis = pyplot().subplots(figsize=(9, 1.5 + 0.5 * n), layout="constrained")
+    received = {}                                                   # when the last of a step's messages had come
     for row in trace:
         if row["batch"] < batches:
             place = dict(y=row["process"], left=row["start"], width=row["end"] - row["start"], height=0.8)
             if row["event"] == "step":
                 axis.barh(**place, color=COLOURS[row["batch"] % 6], edgecolor="white")
-                axis.text((row["start"] + row["end"]) / 2, row["process"], row["batch"] + 1, ha="center", va="center", zorder=3)
-            else:                                                   # a wait within a step
+                middle = (received.get(row["process"], row["start"]) + row["end"]) / 2
+                axis.text(middle, row["process"], row["batch"] + 1, ha="center", va="center", zorder=3)
+            else:                                                   # a wait within a step, and noted before it
+                if row["event"] == "receive":
+                    received[row["process"]] = row["end"]
                 axis.barh(**place, color="white", edgecolor="grey", hatch="////", linewidth=0, zorder=2)
     axis.set(xlabel="seconds", yticks=range(n), yticklabels=[f"process {process + 1}" for process in range(n)],
              title=f"{path.parent.name}: the steps on batches 1 to {batches} (hatched: waiting)")
@@ -756,8 +760,8 @@ def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
     """
     device, n = torch.device("cuda" if torch.cuda.is_available() else "cpu"), dist.get_world_size()
     size, case = 8192 if device.type == "cuda" else 2048, (name, dataset, batch_size, device)
-    piped_steps("CFF+M, 1 view", 1, name, dataset, 8, device)()     # a small step first, as in step_memory
-    memory = gather(peak_of(piped_steps("CFF+M, 1 view", 2, *case), device), device)
+    piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", dataset, 8, device)()               # a small step first, as in step_memory
+    memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device), device)
     matrix = torch.randn(size, size, device=device)
 
     def repeat(N, step):
@@ -806,7 +810,9 @@ def show_pipeline_speed(record):
         rows.append([what, f"{row['alone']:.1f}", f"{row['together']:.1f}", ranged(row["gain"]), ranged(share),
                      "-" if what == "Matrix products" else ranged(row["to_bp"])])
     print_table(rows, markdown=True)
-    print("\nPeak memory of each process for its layers, one view, MB: " + ", ".join(f"{mb:.0f}" for mb in record["megabytes"]))
+    if None not in record["megabytes"]:
+        print("\nPeak memory of the processes, one view, {model}, batch {batch_size}: ".format(**record)
+              + " + ".join(f"{mb:.0f}" for mb in record["megabytes"]) + " MB")
 
 
 def ranged(values):

@@ -477,7 +477,7 @@ def draw_views(settings, path, n=8):
     shown = {"as shipped": images / 255}
     for kind in CHOICES["augment"][1:]:
         augment = make_augment(kind, settings["padding"], mean, std, torch.Generator().manual_seed(settings["seed"]),
-                               flip=settings["dataset"] != "mnist")
+                               settings["dataset"] != "mnist", settings["fill"])
         shown |= {f"{kind}, view {view}": back(augment(images)) for view in (1, 2)}
     figure, axes = pyplot().subplots(len(shown), 1, figsize=(n + 2.5, len(shown)), layout="constrained")
     for axis, (name, x) in zip(axes, shown.items()):
@@ -485,7 +485,7 @@ def draw_views(settings, path, n=8):
         show_image(axis.imshow, strip)
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"{settings['dataset']}, --padding {settings['padding']}")
+    figure.suptitle(f"{settings['dataset']}, --padding {settings['padding']}, --fill {settings['fill']}")
     save(figure, path)
 
 

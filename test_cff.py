@@ -992,18 +992,19 @@ def test_tiny_imagenets_archive_is_unpacked_into_its_folder_alone(tmp_path, monk
 
 # ----------------------------------------------------------------------------------------------------- the augmentation
 
-def test_flips_and_crops_are_those_of_each_image():
+@pytest.mark.parametrize("fill, mode", [("zeros", "constant"), ("edge", "replicate")])
+def test_flips_and_crops_are_those_of_each_image(fill, mode):
     images = torch.randint(1, 256, (200, 3, 8, 8), dtype=torch.uint8)
     flipped = train.random_flip(images, torch.Generator().manual_seed(0))
     mirrored = [torch.equal(new, old.flip(2)) for new, old in zip(flipped, images)]
     assert all(m or torch.equal(new, old) for m, new, old in zip(mirrored, flipped, images)) and 60 < sum(mirrored) < 140
-    cropped, places = train.random_crop(images, 2, torch.Generator().manual_seed(0)), set()
-    for new, old in zip(cropped, pad(images, [2] * 4)):
+    cropped, places = train.random_crop(images, 2, torch.Generator().manual_seed(0), fill), set()
+    for new, old in zip(cropped, pad(images.float(), [2] * 4, mode=mode).to(torch.uint8)):
         found = [(r, c) for r in range(5) for c in range(5) if torch.equal(new, old[:, r:r + 8, c:c + 8])]
         assert len(found) == 1, "each image is one window of its own padded image"
         places.add(found[0])
     assert len(places) == 25, "every window occurs"
-    again = train.random_crop(images, 2, torch.Generator().manual_seed(0))
+    again = train.random_crop(images, 2, torch.Generator().manual_seed(0), fill)
     assert torch.equal(cropped, again), "the same draws give the same crops"
 
 

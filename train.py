@@ -47,7 +47,8 @@ SETTINGS = {
     "missing": (0.0, "fraction of training and validation images to leave out (Table 4)"),
     "label_noise": (0.0, "fraction of training and validation labels to make wrong (Table 4)"),
     "augment": ("crop", "none, flip, crop (and flip) or crop+randaug (Table 3); MNIST is never flipped"),
-    "padding": (4, "pixels of zeros around an image before its crop"),
+    "padding": (4, "pixels put around an image before its crop"),
+    "fill": ("zeros", "what these pixels are: zeros, or edge, those of the image's edge again"),
     "algo": ("cffm", "cff (contrastive loss, Eq. 3), cffm (with margins, Eq. 15), ff, symba, collab, scl or bp"),
     "model": ("vit-128-4-5", '"ViT[E H L]" or "MLP[E L]", also written vit-E-H-L, mlp-E-L'),
     "patch_size": (4, "side of a patch in pixels"),
@@ -79,7 +80,7 @@ DEFAULTS = {name: default for name, (default, _) in SETTINGS.items()}
 CHOICES = {
     "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"),
     "algo": ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"), "augment": ("none", "flip", "crop", "crop+randaug"),
-    "pool": ("mean", "token"), "views": (1, 2),
+    "pool": ("mean", "token"), "views": (1, 2), "fill": ("zeros", "edge"),
     "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
     "decay": ("linear", "parabolic", "cosine", "exponential"),
 }
@@ -345,10 +346,15 @@ def random_flip(images, generator):
     return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
-def random_crop(images, padding, generator):
-    """A random window of each image (B, C, H, W), of the same size, after padding with zeros on all sides."""
+def random_crop(images, padding, generator, fill="zeros"):
+    """A random window of each image (B, C, H, W), of the same size, after padding with zeros or its edge on all sides."""
     B, C, H, W = images.shape
-    windows = pad(images, [padding] * 4).unfold(2, H, 1).unfold(3, W, 1)    # (B, C, 2p+1, 2p+1, H, W), a view
+    if fill == "zeros":
+        padded = pad(images, [padding] * 4)
+    else:                                                               # pad's "replicate" takes no uint8
+        at = lambda side: torch.arange(-padding, side + padding, device=images.device).clamp(0, side - 1)
+        padded = images[:, :, at(H)][:, :, :, at(W)]
+    windows = padded.unfold(2, H, 1).unfold(3, W, 1)                    # (B, C, 2p+1, 2p+1, H, W), a view
     rows, columns = torch.randint(2 * padding + 1, (2, B), device=images.device, generator=generator)
     return windows[torch.arange(B, device=images.device), :, rows, columns]
 
@@ -395,7 +401,7 @@ def rand_augment(images, generator, num_ops=3, magnitude=14):
     return images
 
 
-def make_augment(kind, padding, mean, std, generator, flip=True):
+def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
     """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised float (B, C, H, W). kind as --augment."""
     mean, std = (torch.tensor(c, device=generator.device)[:, None, None] for c in (mean, std))
 
@@ -403,7 +409,7 @@ def make_augment(kind, padding, mean, std, generator, flip=True):
         if "randaug" in kind:
             images = rand_augment(images, generator)
         if "crop" in kind:
-            images = random_crop(images, padding, generator)
+            images = random_crop(images, padding, generator, fill)
         if flip and kind != "none":
             images = random_flip(images, generator)
         return (images.float() / 255 - mean) / std
@@ -503,7 +509,8 @@ class Run:
         self.generator = torch.Generator(self.device).manual_seed(settings["seed"])
         self.val_generator = torch.Generator(self.device)
         flip = settings["dataset"] != "mnist"                       # a mirrored digit is another sign
-        make = lambda kind, generator: make_augment(kind, settings["padding"], self.facts["mean"], self.facts["std"], generator, flip)
+        make = lambda kind, generator: make_augment(kind, settings["padding"], self.facts["mean"], self.facts["std"], generator,
+                                                    flip, settings["fill"])
         self.augment = make(settings["augment"], self.generator)
         self.val_augment = make(settings["augment"], self.val_generator)
         self.normalise = make("none", self.generator)

@@ -7,6 +7,9 @@ Each loss stands beside a slow, obvious twin in float64; each gradient beside au
 """
 import copy
 import csv
+import importlib.util
+import inspect
+import itertools
 import json
 import math
 import os
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +36,14 @@ import vit
 
 HERE = Path(__file__).parent
 TAU = pytest.mark.parametrize("tau", [1.0, 0.15])
+
+
+def task(number):
+    """Marks a test as one that grades this task of the classroom; `-k task04` picks task 4."""
+    def mark(test):
+        setattr(test, f"task{number:02d}", True)
+        return test
+    return mark
 
 
 def batch(seed, n=12, E=3, classes=3):
@@ -65,6 +77,65 @@ def close(got, expected, what, tolerance=1e-10):
     assert torch.allclose(got, expected, rtol=0, atol=tolerance), f"{what}: expected {expected}; got {got}"
 
 
+# --------------------------------------------------------------------- the worked example: four unit vectors in the plane, two classes
+
+FOUR = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+TWO = torch.tensor([0, 0, 1, 1])
+e = math.exp
+
+
+def four(text, *numbers):
+    """(what `close` says, expected) of the worked example: m = 0.4, tau = 1, f and y as in the README."""
+    return torch.tensor(numbers if len(numbers) > 1 else numbers[0], dtype=torch.float64), f"four vectors, {text}"
+
+
+@task(1)
+def test_worked_example_of_goodness():
+    close(losses.goodness(torch.tensor([[3.0, 4.0, 0.0, 0.0]])), torch.tensor([6.25]), "Eq. 1 / E of [3, 4, 0, 0]", 1e-6)
+    got = losses.ff_loss(torch.tensor([2.0]), torch.tensor([2.0]), 2.0)
+    close(got, torch.tensor(math.log(2)), "Eq. 2 at G^pos = G^neg = theta, ln 2", 1e-6)
+
+
+@task(2)
+def test_worked_example_of_eq3():
+    Z = [e(0.8) + 1 + e(-1), e(0.8) + e(0.6) + e(-0.8), 1 + 1 + e(0.6), 1 + e(-1) + e(-0.8)]
+    L = [math.log(Z[0]) - 0.8, math.log(Z[1]) - 0.8, math.log(Z[2]), math.log(Z[3])]
+    close(losses.contrastive_loss(FOUR, TWO, 1.0), *four("Eq. 3, the mean of ln Z_i - s_ip", sum(L) / 4))
+
+
+@task(3)
+def test_worked_example_of_eq12():
+    f, y = FOUR[[0, 1, 2, 3]], torch.tensor([0, 0, 0, 1])           # three of one class; row 3 has no positive
+    Z = [e(0.8) + 1 + e(-1), e(0.8) + e(0.6) + e(-0.8), 1 + e(0.6) + 1]
+    L = [-math.log((a + b) / 2 / z) for (a, b), z in zip([(e(0.8), 1), (e(0.8), e(0.6)), (1, e(0.6))], Z)]
+    close(losses.inner_contrastive_loss(f, y, 1.0), *four("Eq. 12 with y = [0, 0, 0, 1]", sum(L) / 3))
+
+
+@task(4)
+def test_worked_example_of_the_margin():
+    R = losses.saturated(FOUR, TWO, 0.4)
+    assert R.nonzero().tolist() == [[0, 1], [1, 0]], f"four vectors, Sec. 3.5: R(0) = {{1}}, R(1) = {{0}}, no other; got {R.nonzero().tolist()}"
+    Z = [e(1) + 1 + e(-1), e(1) + e(0.6) + e(-0.8), e(0.4) + 1 + e(0.6), e(0.4) + e(-1) + e(-0.8)]
+    L = [math.log(Z[0]) - 1, math.log(Z[1]) - 1, math.log(Z[2]) - 0.4, math.log(Z[3]) - 0.4]
+    close(losses.marginal_contrastive_loss(FOUR, TWO, 0.4, 1.0), *four("Eq. 17, the mean of ln Z_i - Q_ip, Q = 1, 1, 0.4, 0.4", sum(L) / 4))
+
+
+@task(5)
+def test_worked_example_of_eq18():
+    Z0, Z2 = e(1) + 1 + e(-1), e(0.4) + 1 + e(0.6)
+    close(losses.grad_anchor(FOUR, TWO, 0, 0.4, 1.0), *four("Eq. 18, k = 0: Rc is empty, (e^0 f_2 + e^-1 f_3) / Z_0", -e(-1) / Z0, 1 / Z0))
+    expected = 1 + (-e(0.4) + 1 + 0.8 * e(0.6)) / Z2, 0.6 * e(0.6) / Z2
+    close(losses.grad_anchor(FOUR, TWO, 2, 0.4, 1.0), *four("Eq. 18, k = 2: -f_3 + (e^0.4 f_3 + e^0 f_0 + e^0.6 f_1) / Z_2", *expected))
+
+
+@task(6)
+def test_worked_example_of_a5_a6_a7():
+    Z0, Z2 = e(1) + 1 + e(-1), e(0.4) + 1 + e(0.6)
+    close(losses.grad_positive(FOUR, TWO, 0, 1, 0.4, 1.0), *four("Eq. A.5, i = 0, k = 1 in R(0): nothing", 0.0, 0.0))
+    close(losses.grad_positive(FOUR, TWO, 2, 3, 0.4, 1.0), *four("Eq. A.6, i = 2, k = 3: (-1 + e^0.4 / Z_2) f_2", 0.0, e(0.4) / Z2 - 1))
+    close(losses.grad_negative(FOUR, TWO, 0, 2, 0.4, 1.0), *four("Eq. A.7, i = 0, k = 2: e^0 / Z_0 f_0", 1 / Z0, 0.0))
+
+
 # ------------------------------------------------------------------------------------- Section 3.1: Eqs. 1 and 2, Section 3.3: Eq. 7
 
 def goodness_pair(seed=0, B=6):
@@ -73,19 +144,21 @@ def goodness_pair(seed=0, B=6):
     return 4 * torch.rand(2, B, dtype=torch.float64, generator=g)
 
 
+@task(1)
 def test_eq1_goodness_is_the_mean_of_squares():
-    h = torch.tensor([[1.0, 2.0, -2.0], [0.0, 3.0, 0.0]])
-    close(losses.goodness(h), torch.tensor([9 / 3, 9 / 3]), "Eq. 1 / E", 0)
+    h = torch.tensor([[1.0, 2.0, -2.0], [0.0, 6.0, 0.0]])
+    close(losses.goodness(h), torch.tensor([9 / 3, 36 / 3]), "Eq. 1 / E, the mean of squares of each row", 0)
 
 
+@task(1)
 @pytest.mark.parametrize("threshold", [2.0, 0.5])
 def test_eq2_is_binary_cross_entropy_with_logits(threshold):
     g_pos, g_neg = goodness_pair().requires_grad_()
     expected = sum(torch.log(1 + torch.exp(threshold - p)) + torch.log(1 + torch.exp(n - threshold)) for p, n in zip(g_pos, g_neg))
-    close(losses.ff_loss(g_pos, g_neg, threshold), expected / 12, "Eq. 2, the mean of its 2B terms")
+    close(losses.ff_loss(g_pos, g_neg, threshold), expected / 12, "Eq. 2, log(1 + exp(theta - G^pos)) + log(1 + exp(G^neg - theta)), the mean of its 2B terms")
     logits, real = torch.cat([g_pos, g_neg]) - threshold, torch.arange(12) < 6
     close(losses.ff_loss(g_pos, g_neg, threshold), binary_cross_entropy_with_logits(logits, real.double()), "Eq. 2")
-    assert losses.ff_loss(torch.tensor([-1e4]), torch.tensor([1e4])) == 1e4, "log(1 + exp) must not overflow"
+    assert losses.ff_loss(torch.tensor([-1e4]), torch.tensor([1e4])) == 1e4, "Eq. 2: log(1 + exp(x)) must not overflow (softplus)"
 
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0])
@@ -172,6 +245,7 @@ def test_eq12_minus_eq11_lies_between_ln_P_and_ln_N(seed):
 
 # ------------------------------------------------------------------------------------------ Section 3.1: Eqs. 3 and 12
 
+@task(2)
 @TAU
 @pytest.mark.parametrize("seed", range(3))
 def test_eq3_is_a_double_loop(tau, seed):
@@ -184,9 +258,11 @@ def test_eq3_is_a_double_loop(tau, seed):
         if P:
             L.append(-sum(torch.log(torch.exp(f[i] @ f[p] / tau) / Z) for p in P) / len(P))
     assert len(L) < len(y)
-    close(losses.contrastive_loss(f, y, tau), sum(L) / len(L), "Eq. 3")
+    close(losses.contrastive_loss(f, y, tau), sum(L) / len(L), "Eq. 3, -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / sum_{a in A(i)} "
+          "exp(s_ia/tau) ), A(i) without i itself, the mean over the anchors that have a positive")
 
 
+@task(3)
 @TAU
 @pytest.mark.parametrize("seed", range(3))
 def test_eq12_is_a_double_loop(tau, seed):
@@ -198,9 +274,11 @@ def test_eq12_is_a_double_loop(tau, seed):
         Z = sum(torch.exp(f[i] @ f[a] / tau) for a in P + N)
         if P:
             L.append(-torch.log(sum(torch.exp(f[i] @ f[p] / tau) for p in P) / len(P) / Z))
-    close(losses.inner_contrastive_loss(f, y, tau), sum(L) / len(L), "Eq. 12")
+    close(losses.inner_contrastive_loss(f, y, tau), sum(L) / len(L), "Eq. 12, -log( 1/|P(i)| sum_{p in P(i)} exp(s_ip/tau) / "
+          "sum_{a in A(i)} exp(s_ia/tau) ), the mean over the anchors that have a positive")
 
 
+@task(3)
 @TAU
 @pytest.mark.parametrize("seed", range(5))
 def test_eq12_is_at_most_eq3_by_jensen(tau, seed):
@@ -209,29 +287,33 @@ def test_eq12_is_at_most_eq3_by_jensen(tau, seed):
     assert inner < outer, f"Eq. 12 gave {inner}, Eq. 3 gave {outer}; the mean inside the logarithm is the smaller loss"
 
 
+@task(3)
 def test_eq12_gradient_is_finite_beside_an_anchor_without_positives():
     f, y = batch(0)
     y[0] = 99
     f.requires_grad_()
     losses.inner_contrastive_loss(f, y).backward()
-    assert f.grad.isfinite().all()
+    assert f.grad.isfinite().all(), "Eq. 12: an anchor with an empty P(i) must not make the gradient nan"
 
 
 # ------------------------------------------------------------------------------------------------ Section 3.5: Eqs. 14-17
 
+@task(4)
 @TAU
 @pytest.mark.parametrize("m", [0.0, 0.1, 0.4, 2.0])
 def test_eq15_to_eq17_are_a_double_loop(tau, m):
     for seed in range(3):
         f, y = batch(seed)
         y[0] = 99
-        close(losses.marginal_contrastive_loss(f, y, m, tau), slow_loss(f, y, m, tau), f"Eq. 17 at m = {m}")
+        close(losses.marginal_contrastive_loss(f, y, m, tau), slow_loss(f, y, m, tau), f"Eq. 17, -1/|P(i)| sum_p Q_ip/tau + log(sum_p exp(Q_ip/tau) + "
+              f"sum_n exp(s_in/tau)), Q = min(s + m, 1) for positives alone (Eq. 15), at m = {m}")
 
 
+@task(4)
 @TAU
 def test_eq14_margin_zero_is_eq3(tau):
     f, y = batch(0)
-    close(losses.marginal_contrastive_loss(f, y, 0.0, tau), losses.contrastive_loss(f, y, tau), "Eq. 14")
+    close(losses.marginal_contrastive_loss(f, y, 0.0, tau), losses.contrastive_loss(f, y, tau), "Eq. 14, at m = 0 Eq. 17 is Eq. 3")
 
 
 @pytest.mark.parametrize("m", [0.0, 0.4, 2.0])
@@ -288,14 +370,16 @@ def test_losses_are_stable_at_a_small_temperature():
     assert losses.marginal_contrastive_grad(f.float(), y, 0.4, 0.001).isfinite().all()
 
 
+@task(4)
 def test_section_3_5_saturated_pairs_are_positives_above_1_minus_m():
     f, y = batch(0)
     R = losses.saturated(f, y, 0.4)
     for i in range(len(y)):
         P, N = sets(y, i)
-        assert R[i].nonzero()[:, 0].tolist() == [p for p in P if f[i] @ f[p] > 1 - 0.4], f"R({i})"
-    assert not losses.saturated(f, y, 0.0).any()
-    assert losses.saturated(f, y, 2.0).sum() == sum(len(sets(y, i)[0]) for i in range(len(y)))
+        assert R[i].nonzero()[:, 0].tolist() == [p for p in P if f[i] @ f[p] > 1 - 0.4], f"Sec. 3.5: R({i}), the positives of {i} with s > 1 - m"
+    assert not losses.saturated(f, y, 0.0).any(), "Sec. 3.5: at m = 0 nothing is saturated"
+    everything = sum(len(sets(y, i)[0]) for i in range(len(y)))
+    assert losses.saturated(f, y, 2.0).sum() == everything, "Sec. 3.5: at m = 2 every positive is saturated, no negative, not i itself"
 
 
 # ------------------------------------------------------------------------ Section 3.5 and A.1: Eqs. 18, A.5, A.6, A.7
@@ -318,15 +402,17 @@ def autograd_row(f, y, i, k, tau):
     return torch.autograd.grad(slow_anchor_loss(rows, y, i, M, tau), rows)[0][k]
 
 
+@task(5)
 @TAU
 @pytest.mark.parametrize("seed", range(4))
 def test_eq18_gradient_of_the_anchor(tau, seed):
     f, y, R = mixed_batch(seed)
     for k in range(len(y)):
         if sets(y, k)[0]:
-            close(losses.grad_anchor(f, y, k, M, tau), autograd_row(f, y, k, k, tau), f"Eq. 18, k = {k}")
+            close(losses.grad_anchor(f, y, k, M, tau), autograd_row(f, y, k, k, tau), f"Eq. 18, dL_k/df_k by automatic differentiation, k = {k}")
 
 
+@task(5)
 @TAU
 def test_eq18_term_by_term(tau):
     f, y, R = mixed_batch(0)
@@ -338,18 +424,21 @@ def test_eq18_term_by_term(tau):
     expected = 1 / tau * (-1 / len(P) * sum((f[j] for j in rc), torch.zeros(3)) + (
         sum((torch.exp((f[k] @ f[j] + M) / tau) * f[j] for j in rc), torch.zeros(3))
         + sum(torch.exp(f[k] @ f[n] / tau) * f[n] for n in N)) / Z)
-    close(losses.grad_anchor(f, y, k, M, tau), expected, f"Eq. 18, k = {k}, R = {r}, Rc = {rc}")
+    close(losses.grad_anchor(f, y, k, M, tau), expected, "Eq. 18, 1/tau [ -1/|P(k)| sum_{r' in Rc(k)} f_r' + (sum_{r' in Rc(k)} exp((s_kr' + m)/tau) "
+          f"f_r' + sum_{{n in N(k)}} exp(s_kn/tau) f_n) / Z_k ], k = {k}, R = {r}, Rc = {rc}")
 
 
+@task(6)
 @TAU
 @pytest.mark.parametrize("seed", range(4))
 def test_a5_a_saturated_positive_gets_nothing(tau, seed):
     f, y, R = mixed_batch(seed)
     for i, k in R.nonzero().tolist():
-        close(losses.grad_positive(f, y, i, k, M, tau), torch.zeros(3).double(), f"Eq. A.5, i = {i}, k = {k}", 0)
+        close(losses.grad_positive(f, y, i, k, M, tau), torch.zeros(3).double(), f"Eq. A.5, a saturated pair moves nothing, i = {i}, k = {k}", 0)
         close(autograd_row(f, y, i, k, tau), torch.zeros(3).double(), "automatic differentiation of L_i", 0)
 
 
+@task(6)
 @TAU
 @pytest.mark.parametrize("seed", range(4))
 def test_a6_gradient_of_an_unsaturated_positive(tau, seed):
@@ -357,9 +446,11 @@ def test_a6_gradient_of_an_unsaturated_positive(tau, seed):
     for i in range(len(y)):
         for k in sets(y, i)[0]:
             if not R[i, k]:
-                close(losses.grad_positive(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau), f"Eq. A.6, i = {i}, k = {k}")
+                close(losses.grad_positive(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau),
+                      f"Eq. A.6, 1/tau [ -f_i/|P(i)| + exp((s_ik + m)/tau)/Z_i f_i ], i = {i}, k = {k}")
 
 
+@task(6)
 @TAU
 @pytest.mark.parametrize("seed", range(4))
 def test_a7_gradient_of_a_negative(tau, seed):
@@ -367,7 +458,8 @@ def test_a7_gradient_of_a_negative(tau, seed):
     for i in range(len(y)):
         P, N = sets(y, i)
         for k in N if P else []:
-            close(losses.grad_negative(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau), f"Eq. A.7, i = {i}, k = {k}")
+            close(losses.grad_negative(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau),
+                  f"Eq. A.7, 1/tau exp(s_ik/tau)/Z_i f_i, i = {i}, k = {k}")
 
 
 def test_a5_a6_a7_refuse_a_row_of_the_wrong_set():
@@ -449,13 +541,15 @@ def test_exactly_at_the_kink_a_pair_is_unsaturated():
 
 # ---------------------------------------------------------------------------------------------- Section 4.1: Fig. 4a
 
+@task(10)
 def test_fig4a_margins():
     expected = [0.4 - 0.3 * l / 7 for l in range(8)]
-    assert losses.margins(0.4, 0.1, 8) == pytest.approx(expected)
-    assert losses.margins(0.4, 0.1, 3, "parabolic") == pytest.approx([0.4, 0.1 + 0.3 / 4, 0.1])
-    assert losses.margins(0.4, 0.1, 3, "cosine") == pytest.approx([0.4, 0.25, 0.1])
-    assert losses.margins(0.4, 0.1, 3, "exponential") == pytest.approx([0.4, 0.2, 0.1])
-    assert losses.margins(0.4, 0.1, 1) == [0.4]
+    assert losses.margins(0.4, 0.1, 8) == pytest.approx(expected), "Fig. 4a, linear from m0 in layer 1 to mL in layer L"
+    for decay, middle in {"parabolic": 0.1 + 0.3 / 4, "cosine": 0.25, "exponential": 0.2}.items():
+        assert losses.margins(0.4, 0.1, 3, decay) == pytest.approx([0.4, middle, 0.1]), f"Fig. 4a, {decay}, three layers"
+    assert losses.margins(0.4, 0.1, 4, "parabolic") == pytest.approx([0.4, 0.1 + 0.3 * 4 / 9, 0.1 + 0.3 / 9, 0.1]), "Fig. 4a, parabolic"
+    assert losses.margins(0.4, 0.1, 5, "cosine")[1] == pytest.approx(0.25 + 0.15 * 0.5 ** 0.5), "Fig. 4a, cosine"
+    assert losses.margins(0.4, 0.1, 1) == [0.4], "Fig. 4a: one layer alone has m0"
     for wrong in [(2.5, 0.1, 3), (0.4, -0.1, 3), (0.4, 0.1, 0), (0.4, 0.1, 3, "steep"), (0.0, 0.1, 3, "exponential")]:
         with pytest.raises(ValueError):
             losses.margins(*wrong)
@@ -463,16 +557,19 @@ def test_fig4a_margins():
 
 # ------------------------------------------------------------------------------------------- Section 3.4: the networks
 
+@task(9)
 def test_patches_put_back_together_are_the_image():
     images = torch.randn(2, 3, 8, 12)
     patches = vit.patchify(images, 4)
-    assert patches.shape == (2, 6, 48)
+    assert patches.shape == (2, 6, 48), f"patching: 8 x 12 pixels of 3 channels are 6 patches of 48 numbers; got {patches.shape}"
     for row in range(2):
         for column in range(3):
-            patch = patches[:, 3 * row + column].view(2, 3, 4, 4)
-            assert torch.equal(patch, images[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4])
+            patch, expected = patches[:, 3 * row + column], images[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
+            assert torch.equal(patch, expected.flatten(1)), \
+                f"patching: patch {3 * row + column}, row {row}, column {column}, is not its channels, each row by row"
 
 
+@task(9)
 def test_section_3_4_encoder_layer_is_torchs():
     theirs = torch.nn.TransformerEncoderLayer(12, 3, 24, dropout=0, activation="gelu", norm_first=True, batch_first=True)
     ours, old = vit.EncoderLayer(12, 3), theirs.state_dict()
@@ -480,7 +577,7 @@ def test_section_3_4_encoder_layer_is_torchs():
              "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}
     ours.load_state_dict({new + kind: old[name + kind] for name, new in names.items() for kind in ("weight", "bias")})
     x = torch.randn(2, 5, 12)
-    close(ours(x), theirs(x), "EncoderLayer", 1e-5)
+    close(ours(x), theirs(x), "Sec. 3.4, z = MSA(LN(x)) + x, f = MLP(LN(z)) + z, as torch.nn.TransformerEncoderLayer", 1e-5)
 
 
 def test_section_3_4_projection_and_position_belong_to_layer_1():
@@ -597,14 +694,18 @@ def test_fig2_labels_of_200_classes_differ_are_saved_and_stay(name, labels):
 
 # -------------------------------------------------------------------------------------- Section 3.3: Algorithm 1, left
 
-@pytest.fixture
-def small():
+def small_case(name="vit-8-2-3", labels=None):
     """A small model, an optimizer a layer, a batch of six images in three classes, and an augmentation by noise."""
     torch.manual_seed(0)
-    model = vit.build_model("vit-8-2-3", (3, 8, 8), 3).double()
+    model = vit.build_model(name, (3, 8, 8), 3, labels=labels).double()
     optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in model.layers]
     x, y = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
     return model, optimizers, x, y, lambda x: x + 0.1 * torch.randn_like(x)
+
+
+@pytest.fixture
+def small():
+    return small_case()
 
 
 def weights(module):
@@ -615,31 +716,33 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@task(7)
 @pytest.mark.parametrize("views", [2, 1])
 def test_algorithm1_left_line_by_line(small, views):
     model, optimizers, x, y, _ = small
     twin = vit.build_model("vit-8-2-3", (3, 8, 8), 3).double()
     twin.load_state_dict(model.state_dict())
-    draws = [x + 0.1, x - 0.1]
-    got = cff.cff_step(model, optimizers, x, y, lambda x, views=iter(draws): next(views),
-                       [0.4, 0.25, 0.1], 0.15, views)
-    inputs, expected = [twin.patches(view) for view in draws[:views]], []
-    for l, layer in enumerate(twin.layers):
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
-        outputs = [layer(view) for view in inputs]
-        f = torch.cat([output.mean(dim=1) for output in outputs])
-        f = f / f.norm(dim=1, keepdim=True)
-        loss = slow_loss(f, y.repeat(views), [0.4, 0.25, 0.1][l], 0.15)
-        loss.backward()
-        optimizer.step()
-        inputs = [output.detach() for output in outputs]            # from before the update
-        expected.append(loss.detach())
-    assert got.shape == (3,) and not got.requires_grad
-    close(got, torch.stack(expected), "the losses of the layers")
+    twins_optimizers, draws = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in twin.layers], [x + 0.1, x - 0.1]
+    for step in range(2):
+        got = cff.cff_step(model, optimizers, x, y, lambda x, views=iter(draws): next(views), [0.4, 0.25, 0.1], 0.15, views)
+        inputs, expected = [twin.patches(view) for view in draws[:views]], []
+        for l, layer in enumerate(twin.layers):
+            outputs = [layer(view) for view in inputs]
+            f = torch.cat([output.mean(dim=1) for output in outputs])
+            f = f / f.norm(dim=1, keepdim=True)
+            loss = slow_loss(f, y.repeat(views), [0.4, 0.25, 0.1][l], 0.15)
+            layer.zero_grad()
+            loss.backward()
+            twins_optimizers[l].step()
+            inputs = [output.detach() for output in outputs]        # from before the update
+            expected.append(loss.detach())
+    assert got.shape == (3,) and not got.requires_grad, "Algorithm 1: L losses, without a graph"
+    close(got, torch.stack(expected), "Algorithm 1, the losses of the layers in a second step on the same batch")
     for name, value in model.state_dict().items():
-        close(value, twin.state_dict()[name], name, 1e-8)
+        close(value, twin.state_dict()[name], f"Algorithm 1, the weights {name} after two steps", 1e-8)
 
 
+@task(7)
 def test_algorithm1_is_local(small):
     model, optimizers, x, y, augment = small
     for l, optimizer in enumerate(optimizers):
@@ -649,10 +752,10 @@ def test_algorithm1_is_local(small):
             before = [weights(layer) for layer in model.layers]
             for other, layer in enumerate(model.layers):
                 holds = any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
-                assert holds == (other == l), f"loss {l + 1} gave layer {other + 1} a gradient: {holds}"
+                assert holds == (other == l), f"Algorithm 1: loss {l + 1} gave layer {other + 1} a gradient: {holds}"
             step()
             for other, layer in enumerate(model.layers):
-                assert same(before[other], weights(layer)) == (other != l), f"update of layer {l + 1} and layer {other + 1}"
+                assert same(before[other], weights(layer)) == (other != l), f"Algorithm 1: optimizer {l + 1} moved layer {other + 1}"
             optimizers[l].zero_grad()                               # so that the next layer's look sees its own gradient
 
         optimizer.step = step_and_look
@@ -661,6 +764,7 @@ def test_algorithm1_is_local(small):
     assert same(head, weights(model.head)) and all(p.grad is None for p in model.head.parameters())
 
 
+@task(7)
 def test_algorithm1_next_layer_reads_the_output_from_before_the_update(small):
     model, optimizers, x, y, _ = small
     with torch.no_grad():
@@ -669,16 +773,18 @@ def test_algorithm1_next_layer_reads_the_output_from_before_the_update(small):
     model.layers[1].register_forward_hook(lambda layer, x, h: inputs.append(x[0]))
     cff.cff_step(model, optimizers, x, y, lambda x: x, [0.4, 0.25, 0.1], 0.15)
     after = model.layers[0](model.patches(x))
-    assert torch.equal(inputs[0], before) and not torch.allclose(inputs[0], after)
-    assert not inputs[0].requires_grad
+    assert torch.equal(inputs[0], before) and not torch.allclose(inputs[0], after), \
+        "Algorithm 1: layer 2 reads what layer 1 gave before its update"
+    assert not inputs[0].requires_grad, "Algorithm 1: x1 = f1.detach()"
 
 
+@task(7)
 def test_algorithm1_views_use_different_draws(small):
     model, optimizers, x, y, augment = small
     inputs = []
     model.layers[0].register_forward_hook(lambda layer, x, h: inputs.append(x[0]))
     cff.cff_step(model, optimizers, x, y, augment, [0.4, 0.25, 0.1], 0.15)
-    assert len(inputs) == 2 and not torch.equal(*inputs)
+    assert len(inputs) == 2 and not torch.equal(*inputs), "Algorithm 1: x1 and x2 are two draws of augment(x)"
 
 
 def test_table6_one_view_is_one_forward_pass(small):
@@ -746,11 +852,7 @@ def test_fig1_bp_step_and_scl_step_are_plain_pytorch(small, method):
 @pytest.fixture(params=["vit-8-2-3", "mlp-8-3"])
 def labelled(request):
     """As `small`, with labels at the input."""
-    torch.manual_seed(0)
-    model = vit.build_model(request.param, (3, 8, 8), 3, labels="one-hot").double()
-    optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in model.layers]
-    x, y = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
-    return model, optimizers, x, y, lambda x: x + 0.1 * torch.randn_like(x)
+    return small_case(request.param, "one-hot")
 
 
 def goodness_by_hand(model, x, y):
@@ -763,16 +865,19 @@ def goodness_by_hand(model, x, y):
     return torch.stack(G).detach()
 
 
+@task(8)
 def test_wrong_labels_are_never_right_uniform_and_seeded():
     y = torch.arange(20000) % 5
     wrong = cff.wrong_labels(y, 5, torch.Generator().manual_seed(0))
     counts = torch.bincount(5 * y + wrong, minlength=25).view(5, 5)
-    assert not counts.diagonal().any(), "a wrong label must not be the true one"
+    assert not counts.diagonal().any(), "Algorithm 1, right: a wrong label must not be the true one"
     others = counts[~torch.eye(5, dtype=torch.bool)]
-    assert (others - 1000).abs().max() < 5 * 1000 ** 0.5, f"each other class 1000 times: {others.tolist()}"
-    assert torch.equal(wrong, cff.wrong_labels(y, 5, torch.Generator().manual_seed(0)))
+    assert (others - 1000).abs().max() < 5 * 1000 ** 0.5, f"Algorithm 1, right: each other class about 1000 times: {others.tolist()}"
+    again = cff.wrong_labels(y, 5, torch.Generator().manual_seed(0))
+    assert torch.equal(wrong, again), "Algorithm 1, right: the same generator gives the same wrong labels"
 
 
+@task(8)
 @pytest.mark.parametrize("method", ["ff", "symba", "collab"])
 def test_algorithm1_right_line_by_line(labelled, method):
     model, optimizers, x, y, _ = labelled
@@ -796,10 +901,10 @@ def test_algorithm1_right_line_by_line(labelled, method):
         optimizer.step()
         x1, x2 = (torch.stack([f_i / (f_i ** 2).sum().sqrt() for f_i in f]).detach() for f in (f1, f2))
         expected.append(loss.detach())
-    assert got.shape == (3,) and not got.requires_grad
-    close(got, torch.stack(expected), f"the losses of the layers, {method}")
+    assert got.shape == (3,) and not got.requires_grad, "Algorithm 1, right: L losses, without a graph"
+    close(got, torch.stack(expected), f"Algorithm 1, right: the losses of the layers, {method}")
     for name, value in model.state_dict().items():
-        close(value, twin.state_dict()[name], name, 1e-8)
+        close(value, twin.state_dict()[name], f"Algorithm 1, right: the weights {name} after a step", 1e-8)
 
 
 def test_collab_gammas_of_three_layers_by_hand():
@@ -812,6 +917,7 @@ def test_collab_gammas_of_three_layers_by_hand():
     close(logits, torch.tensor([7.0, 0.75]).expand(3, 2) - 2.0, "every layer's logit is the sum of all goodness - theta", 0)
 
 
+@task(8)
 @pytest.mark.parametrize("method", ["ff", "symba", "collab"])
 def test_ff_symba_and_collab_are_local(labelled, method):
     model, optimizers, x, y, augment = labelled
@@ -820,7 +926,7 @@ def test_ff_symba_and_collab_are_local(labelled, method):
 
         def step_and_look(l=l, step=step):
             holds = [any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters()) for layer in model.layers]
-            assert holds == [other == l for other in range(3)], f"loss {l + 1} gave gradients to layers {holds}"
+            assert holds == [other == l for other in range(3)], f"Algorithm 1, right: loss {l + 1} gave gradients to layers {holds}"
             step()
             optimizers[l].zero_grad()
 
@@ -1269,20 +1375,22 @@ def test_fig8_a_dead_process_ends_the_run_which_goes_on_in_other_processes(unpip
     assert start(tmp_path, 2, "--resume", "--out", "run").returncode == 0, "nothing is left to do in stage 1"
 
 
+@task(10)
 @pytest.mark.parametrize("waits, chain", [
-    ("a message's own step", 2 + 5 - 1),                            # as here: it waits for the input alone
-    ("two batches behind", 2 + 5 - 1),                              # and for room, once two batches are on their way
-    ("for the batch before to be taken", 2 * 5),                    # were there room for one message: both work by turns
+    ("nothing", 2 + 5 - 1),                                         # process 1 for its input alone
+    ("room, with two batches on their way", 2 + 5 - 1),             # as here
+    ("its own message to be taken", 2 * 5),                         # without any room: both work by turns
 ], ids=str)
 def test_fig8_longest_chain_by_hand(waits, chain):
     step = lambda process, batch, event, waited_for=None: dict(process=process, batch=batch, event=event, waited_for=waited_for)
     trace = [step(process, batch, "step") for process in (0, 1) for batch in range(5)]
     trace += [step(1, batch, "receive", batch) for batch in range(5)]
-    if waits == "two batches behind":
+    if waits == "room, with two batches on their way":
         trace += [step(0, batch, "send", batch - 2 if batch > 1 else None) for batch in range(5)]
-    if waits == "for the batch before to be taken":
+    if waits == "its own message to be taken":
         trace += [step(0, batch, "send", batch) for batch in range(5)]
-    assert evaluation.longest_chain(trace) == chain
+    got = evaluation.longest_chain(trace)
+    assert got == chain, f"Fig. 8, 5 batches on 2 processes; process 0 waits for {waits}: the longest chain has {chain} steps; got {got}"
 
 
 def test_fig8_layers_are_shared_out_evenly_and_in_order(monkeypatch):
@@ -1724,3 +1832,316 @@ def test_the_readmes_numbers_are_the_records(capsys):
     evaluation.show_speed(json.loads((HERE / "results" / "speed.json").read_text()))
     for line in capsys.readouterr().out.splitlines():
         assert line in readme, f"not in the README: {line}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the classroom
+#
+#     python test_cff.py --template > mine.py         what to write, to start from
+#     python test_cff.py mine.py [-k task04]          grade it
+#
+# The tests marked @task above are the grading: they run on the student's functions in the place of the project's.
+
+TASKS = {                                                           # number: (paper, what to write)
+    1: ("Eqs. 1 and 2", [(losses, "goodness"), (losses, "ff_loss")]),
+    2: ("Eq. 3", [(losses, "contrastive_loss")]),
+    3: ("Eq. 12", [(losses, "inner_contrastive_loss")]),
+    4: ("Eqs. 14-17, Sec. 3.5", [(losses, "marginal_contrastive_loss"), (losses, "saturated")]),
+    5: ("Eq. 18", [(losses, "grad_anchor")]),
+    6: ("Eqs. A.5-A.7", [(losses, "grad_positive"), (losses, "grad_negative")]),
+    7: ("Algorithm 1, left", [(cff, "cff_step")]),
+    8: ("Algorithm 1, right", [(cff, "wrong_labels"), (cff, "ff_step")]),
+    9: ("Sec. 3.4", [(vit, "patchify"), (vit, "Attention"), (vit, "EncoderLayer")]),
+    10: ("Figs. 4a and 8", [(losses, "margins"), (evaluation, "longest_chain")]),
+}
+
+
+def template():
+    """The file a student starts from: signatures and docstrings of all tasks."""
+    def stub(thing, number, indent=""):
+        lines = [f"{indent}{type_of(thing)} {thing.__name__}{signature(thing)}:"]
+        if thing.__doc__:
+            lines += [f'{indent}    """' + thing.__doc__.strip() + '"""']
+        if inspect.isclass(thing):
+            return "\n".join([*lines, *(f"\n{stub(thing.__dict__[name], number, indent + '    ')}" for name in ("__init__", "forward"))])
+        return "\n".join([*lines, f'{indent}    raise NotImplementedError("task{number:02d}")'])
+
+    def type_of(thing):
+        return "class" if inspect.isclass(thing) else "def"
+
+    def signature(thing):
+        return "(nn.Module)" if inspect.isclass(thing) else str(inspect.signature(thing))
+
+    parts = ['"""My solutions; the tasks stand in the README. Grade them: python test_cff.py THIS_FILE"""\nimport math\n\n'
+             "import torch\nfrom torch import nn\nfrom torch.nn import functional as F"]
+    for number, (paper, names) in TASKS.items():
+        parts.append(f"# task{number:02d}: {paper}\n\n" + "\n\n\n".join(stub(getattr(module, name), number) for module, name in names))
+    return "\n\n\n".join(parts) + "\n"
+
+
+@contextmanager
+def in_place_of(functions):
+    """Put {(module, name): function} into the project for a while."""
+    old = {place: getattr(*place) for place in functions}
+    for place, function in functions.items():
+        setattr(*place, function)
+    try:
+        yield
+    finally:
+        for place, function in old.items():
+            setattr(*place, function)
+
+
+class Grader:
+    """A pytest plugin: runs each task's tests on the functions of a student's file, and tells how far each task is."""
+
+    def __init__(self, path):
+        self.path, self.outcomes, self.words = Path(path), {number: [] for number in TASKS}, {}
+        spec = importlib.util.spec_from_file_location(self.path.stem, self.path)
+        self.mine = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.mine)
+        tasks = {name: number for number, (_, names) in TASKS.items() for _, name in names}
+        self.taken = {}                                             # answers that are not the student's own
+        for name, number in tasks.items():
+            function = getattr(self.mine, name, None)
+            if function is not None and function.__module__ != self.mine.__name__:
+                self.taken[name] = function.__module__
+                delattr(self.mine, name)
+
+    def number(self, item):
+        """The task that a test belongs to, None if to none."""
+        return next((number for number in TASKS if hasattr(item.function, f"task{number:02d}")), None)
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if self.number(item)]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        names = TASKS[self.number(item)][1]
+        with in_place_of({place: getattr(self.mine, place[1], to_do) for place in names}):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report, number = (yield), self.number(item)
+        if call.when == "call" or report.failed:
+            missing = call.excinfo and call.excinfo.errisinstance(NotImplementedError)
+            self.outcomes[number].append("to do" if missing else report.outcome)
+            if report.failed and not missing:
+                self.words.setdefault(number, self.explain(item, call.excinfo))
+        return report
+
+    def explain(self, item, excinfo):
+        """What went wrong, in words: the test's, or where the student's code raised what."""
+        if excinfo.errisinstance(AssertionError) and not self.where(excinfo):
+            return str(excinfo.value).split("\nassert")[0]
+        return f"{self.where(excinfo) or 'your code'} raised {excinfo.typename}: {str(excinfo.value).splitlines()[0]} (in {item.name})"
+
+    def where(self, excinfo):
+        """The innermost line of the student's file in a traceback, "" if none raised."""
+        lines = [entry for entry in excinfo.traceback if Path(entry.path) == self.path.resolve()]
+        return f"{self.path.name}, line {lines[-1].lineno + 1}, in {lines[-1].name}," if lines else ""
+
+    def summary(self):
+        """Print a line a task, and what fails first in it; returns whether all that was asked for is done."""
+        for name, module in self.taken.items():
+            print(f"{self.path.name} takes {name} from {module}.py of the project: that is the answer, so it counts as to do")
+        for number, outcomes in self.outcomes.items():
+            if outcomes:
+                passed, todo = outcomes.count("passed"), outcomes.count("to do")
+                state = "done" if passed == len(outcomes) else "to do" if todo == len(outcomes) else f"{passed} of {len(outcomes)}"
+                paper, names = TASKS[number]
+                print(f"task{number:02d}  {state:9s} {', '.join(name for _, name in names)} ({paper})")
+                for line in self.words.get(number, "").splitlines():
+                    print(f"        {line}")
+        flat = [outcome for outcomes in self.outcomes.values() for outcome in outcomes]
+        return bool(flat) and all(outcome == "passed" for outcome in flat)
+
+
+def to_do(*arguments, **keywords):
+    raise NotImplementedError
+
+
+def grade(arguments):
+    """The command line of the classroom; returns the exit status: 0 if everything is done, 1 if not, 2 if a file cannot be read."""
+    if arguments == ["--template"]:
+        print(template(), end="")
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: python test_cff.py --template > mine.py, then python test_cff.py mine.py [-k task04]", file=sys.stderr)
+        return 2
+    try:
+        grader = Grader(arguments[0])
+    except Exception as reason:                                     # whatever a file of Python can raise
+        print(f"{arguments[0]} cannot be read: {type(reason).__name__}: {reason}", file=sys.stderr)
+        return 2
+    pytest.main([__file__, "-p", "no:terminal", "-p", "no:cacheprovider", *arguments[1:]], plugins=[grader])
+    return 0 if grader.summary() else 1
+
+
+# Mistakes that students make, as changes of the project's functions: (task, module, name, from, to). Each must fail its task.
+MISTAKES = [
+    (1, losses, "goodness", "h.square().mean(dim=1)", "h.square().sum(dim=1)"),
+    (1, losses, "goodness", "h.square().mean(dim=1)", "h.norm(dim=1) / h.shape[1]"),
+    (1, losses, "goodness", "h.square().mean(dim=1)", "h.square().mean()"),
+    (1, losses, "ff_loss", "softplus(threshold - g_pos) + softplus(g_neg - threshold)",                     # the signs
+     "softplus(g_pos - threshold) + softplus(threshold - g_neg)"),
+    (1, losses, "ff_loss", "softplus(g_neg - threshold)", "softplus(g_neg)"),
+    (1, losses, "ff_loss", ".mean() / 2", ".mean()"),
+    (1, losses, "ff_loss", "softplus(threshold - g_pos)", "torch.log(1 + torch.exp(threshold - g_pos))"),   # overflows
+    (2, losses, "contrastive_loss", ".masked_fill(~A, -math.inf)", ""),                                     # self not excluded
+    (2, losses, "contrastive_loss", "~A", "~N"),                                                            # no positives in the sum
+    (2, losses, "contrastive_loss", " / P.sum(dim=1).clamp(min=1)", ""),                                    # 1/|P| dropped
+    (2, losses, "contrastive_loss", "-((s / temperature", "-((s"),
+    (2, losses, "contrastive_loss", "L[_anchors(P)].mean()", "L[_anchors(P)].sum()"),
+    (2, losses, "contrastive_loss", "L[_anchors(P)].mean()", "L.mean()"),                                   # empty P(i) counted
+    (2, losses, "contrastive_loss", "P, N, A = _sets(y)",                                                   # own view a negative
+     "P, N, A = _sets(y); own = torch.eye(len(y)).roll(len(y) // 2, 0).bool(); P, N = P & ~own, N | own"),
+    (2, losses, "contrastive_loss", "    L = -((s / temperature - log_sum_A[:, None]) * P).sum(dim=1) / P.sum(dim=1).clamp(min=1)",
+     "    L = log_sum_A - (s / temperature).masked_fill(~P, -math.inf).logsumexp(dim=1) + P.sum(dim=1).to(f).log()"),      # Eq. 12
+    (3, losses, "inner_contrastive_loss", "log_sum_P - P.sum(dim=1).to(f).log()", "log_sum_P"),             # 1/|P| dropped
+    (3, losses, "inner_contrastive_loss", "- P.sum(dim=1).to(f).log()", "+ P.sum(dim=1).to(f).log()"),
+    (3, losses, "inner_contrastive_loss", ".masked_fill(~A, -math.inf)", ""),
+    (3, losses, "inner_contrastive_loss", "(s / temperature).masked_fill(~P", "s.masked_fill(~P"),
+    (3, losses, "inner_contrastive_loss", "masked_fill(~A", "masked_fill(~N"),
+    (3, losses, "inner_contrastive_loss", "(s / temperature).masked_fill(~P, -math.inf).logsumexp(dim=1)",  # the mean outside: Eq. 3
+     "(s / temperature * P).sum(dim=1) / P.sum(dim=1).clamp(min=1) + P.sum(dim=1).to(f).log()"),
+    (3, losses, "inner_contrastive_loss", "L[_anchors(P)].mean()", "(L * _anchors(P)).sum() / _anchors(P).sum()"),    # nan
+    (4, losses, "marginal_contrastive_loss", "_Q(s, P, margin)", "(s + margin).clamp(max=1)"),              # on negatives
+    (4, losses, "marginal_contrastive_loss", "_Q(s, P, margin)", "torch.where(P, s + margin, s)"),          # min forgotten
+    (4, losses, "marginal_contrastive_loss", "_Q(s, P, margin)", "torch.where(P, s - margin, s)"),
+    (4, losses, "marginal_contrastive_loss", "(Q / temperature).masked_fill", "(s / temperature).masked_fill"),            # not in Z
+    (4, losses, "marginal_contrastive_loss", "-(Q / temperature * P)", "-(s / temperature * P)"),           # in Z alone
+    (4, losses, "marginal_contrastive_loss", " / P.sum(dim=1).clamp(min=1)", ""),
+    (4, losses, "marginal_contrastive_loss", "_Q(s, P, margin)", "_Q(s / temperature, P, margin) * temperature"),
+    (4, losses, "saturated", "P & (", "("),
+    (4, losses, "saturated", "margin > 1", "margin < 1"),
+    (4, losses, "saturated", "f @ f.T + margin", "f @ f.T - margin"),
+    (5, losses, "grad_anchor", "-f[Rc].sum(dim=0)", "-f[P].sum(dim=0)"),                                    # through saturated pairs
+    (5, losses, "grad_anchor", " / P.sum()", " / Rc.sum().clamp(min=1)"),
+    (5, losses, "grad_anchor", " / P.sum()", ""),
+    (5, losses, "grad_anchor", "(pull + push) / temperature", "pull + push"),
+    (5, losses, "grad_anchor", "(s[Rc] + margin)", "s[Rc]"),
+    (5, losses, "grad_anchor", "/ Z", "/ (Z - R.sum() * math.exp(1 / temperature))"),                       # R missing in Z
+    (5, losses, "grad_anchor", "pull + push", "push - pull"),
+    (5, losses, "grad_anchor", " + torch.exp(s[N] / temperature) @ f[N]", ""),
+    (6, losses, "grad_positive", "if R[k]:", "if False:"),                                                  # through a saturated pair
+    (6, losses, "grad_positive", "-f[i] / P.sum()", "-f[i]"),
+    (6, losses, "grad_positive", "temperature) / Z * f[i]", "temperature) / Z * f[k]"),
+    (6, losses, "grad_positive", "* f[i]) / temperature", "* f[i])"),
+    (6, losses, "grad_positive", "/ Z", "/ _around(f, y, k, margin, temperature)[-1]"),                     # Z of the wrong anchor
+    (6, losses, "grad_positive", "s[k] + margin", "s[k]"),
+    (6, losses, "grad_negative", "torch.exp(s[k] / temperature)", "torch.exp((s[k] + margin) / temperature)"),
+    (6, losses, "grad_negative", "/ Z", "/ _around(f, y, k, margin, temperature)[-1]"),
+    (6, losses, "grad_negative", "* f[i] / temperature", "* f[i]"),
+    (6, losses, "grad_negative", "/ Z * f[i]", "/ Z * f[k]"),
+    (7, cff, "cff_step", "x1 = f1.detach()", "x1 = f1"),
+    (7, cff, "cff_step", "x1 = f1.detach()", "x1 = layer(x1).detach()"),                                    # after the update
+    (7, cff, "cff_step", "augment(x), augment(x) if two else None", "augment(x), None; x2 = x1"),           # one draw for both
+    (7, cff, "cff_step", "normalize(model.pool(f))", "model.pool(f)"),
+    (7, cff, "cff_step", "model.pool(f)", "f[:, 0]"),
+    (7, cff, "cff_step", "margins[l]", "margins[0]"),
+    (7, cff, "cff_step", "        optimizers[l].zero_grad()\n", ""),
+    (7, cff, "cff_step", "y = torch.cat([y, y]) if two else y", "f = None"),                                # y not doubled
+    (7, cff, "cff_step", "loss.detach()", "loss"),
+    (8, cff, "wrong_labels", "torch.randint(1,", "torch.randint(0,"),                                       # the true label among them
+    (8, cff, "wrong_labels", "torch.randint(1, num_classes", "torch.randint(1, num_classes - 1"),
+    (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = unit(f1)"),
+    (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = f1.detach()"),                                      # length not removed
+    (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = normalize(f1, dim=-1).detach()"),                   # each token by itself
+    (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = unit(layer(x1)).detach()"),
+    (8, cff, "ff_step", "model.patches(x, y_wrong)", "model.patches(x, y)"),
+    (8, cff, "ff_step", "model.patches(x, y_wrong)", "model.patches(x, y_wrong.flip(0))"),                  # of another image
+    (8, cff, "ff_step", "goodness(model.pool(f2))", "goodness(f2.flatten(1))"),
+    (8, cff, "ff_step", "loss_l.backward()", "loss_l.neg().backward()"),
+    (9, vit, "patchify", "permute(0, 2, 4, 1, 3, 5)", "permute(0, 4, 2, 1, 3, 5)"),                         # columns first
+    (9, vit, "patchify", "permute(0, 2, 4, 1, 3, 5)", "permute(0, 2, 4, 3, 5, 1)"),                         # channels last
+    (9, vit, "Attention", "q / d ** 0.5", "q"),
+    (9, vit, "Attention", "q / d ** 0.5", "q / E ** 0.5"),
+    (9, vit, "Attention", "softmax(dim=-1)", "softmax(dim=-2)"),
+    (9, vit, "Attention", "h.transpose(1, 2).reshape(B, P, E)", "h.reshape(B, P, E)"),                      # heads not brought back
+    (9, vit, "EncoderLayer", "self.attention(self.norm1(x)) + x", "self.norm1(self.attention(x) + x)"),     # post-norm
+    (9, vit, "EncoderLayer", "self.attention(self.norm1(x)) + x", "self.attention(self.norm1(x))"),
+    (9, vit, "EncoderLayer", "self.mlp(self.norm2(z)) + z", "self.mlp(self.norm2(z)) + x"),
+    (9, vit, "EncoderLayer", "nn.GELU()", "nn.ReLU()"),
+    (10, losses, "margins", "m0 + (mL - m0) * t", "mL + (m0 - mL) * t"),                                    # last layer first
+    (10, losses, "margins", "l / max(L - 1, 1)", "l / L"),
+    (10, losses, "margins", "(1 - t) ** 2", "(1 - t ** 2)"),
+    (10, losses, "margins", "(1 + math.cos", "(1 - math.cos"),
+    (10, evaluation, "longest_chain", "(row[\"process\"], row[\"batch\"] - 1)", "(row[\"process\"], row[\"batch\"])"),
+    (10, evaluation, "longest_chain", "(row[\"process\"] - 1, row[\"waited_for\"])", "(row[\"process\"] - 1, row[\"waited_for\"] - 1)"),
+    (10, evaluation, "longest_chain", "(row[\"process\"] + 1, row[\"waited_for\"] - 1)", "(row[\"process\"] + 1, row[\"waited_for\"])"),
+    (10, evaluation, "longest_chain", "1 + max(", "max("),
+    (10, evaluation, "longest_chain", "(step[1], step[0])", "step"),                                        # by process first
+]
+
+
+def changed(module, name, old, new):
+    """A function or class of the project with a piece of its source replaced."""
+    source = re.sub(r" *#.*", "", inspect.getsource(getattr(module, name)))             # without comments
+    assert source.count(old) == 1, f"{name} has {source.count(old)} times {old!r}"
+    names = dict(vars(module))
+    exec(source.replace(old, new), names)
+    return names[name]
+
+
+def first_failure(number):
+    """The first failure of a task's tests, as an exception; None if all pass."""
+    for test in [test for test in globals().values() if hasattr(test, f"task{number:02d}")]:
+        grids = [[dict(zip(mark.args[0].split(", "), values if ", " in mark.args[0] else [values])) for values in mark.args[1]]
+                 for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+        wanted = inspect.signature(test).parameters
+        if "small" in wanted:
+            grids.append([{"small": None}])
+        if "labelled" in wanted:
+            grids.append([{"labelled": "vit-8-2-3"}, {"labelled": "mlp-8-3"}])
+        for choice in itertools.product(*grids):
+            arguments = {name: value for part in choice for name, value in part.items()}
+            if "small" in arguments:
+                arguments["small"] = small_case()
+            if "labelled" in arguments:
+                arguments["labelled"] = small_case(arguments["labelled"], "one-hot")
+            try:
+                test(**arguments)
+            except Exception as failure:
+                return failure
+    return None
+
+
+@pytest.mark.parametrize("number", TASKS)
+def test_each_mistake_fails_its_task_with_words_that_point_to_it(number):
+    mistakes = [mistake for mistake in MISTAKES if mistake[0] == number]
+    assert len(mistakes) >= 5 and first_failure(number) is None
+    for _, module, name, old, new in mistakes:
+        with in_place_of({(module, name): changed(module, name, old, new)}):
+            failure = first_failure(number)
+        assert failure is not None, f"task{number:02d}: {new!r} for {old!r} in {name} is not noticed"
+        if isinstance(failure, AssertionError):                     # others say what the student's code raised
+            words = str(failure).split("\nassert")[0]
+            assert re.search(r"Eq\. |Eqs\. |Sec\. |Algorithm 1|Fig\. |patching", words), f"{new!r} in {name} fails with {words!r}"
+
+
+def test_the_classroom_grades_a_file(tmp_path):
+    """One task done, one wrong, one that raises, one copied, the rest to do."""
+    mine = template()
+    done = inspect.getsource(losses.goodness) + "\n\nsoftplus = F.softplus\n\n\n" + inspect.getsource(losses.ff_loss)
+    wrong = "def inner_contrastive_loss(f, y, temperature=0.15):\n    return f.sum()\n"
+    raises = "def grad_anchor(f, y, k, margin, temperature):\n    return f[k] @ f[k, 1:]\n"
+    (tmp_path / "mine.py").write_text("\n\n".join([mine, done, wrong, raises, "from losses import margins"]))
+    command = [sys.executable, HERE / "test_cff.py", tmp_path / "mine.py"]
+    graded = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert graded.returncode == 1, graded.stderr
+    lines = graded.stdout.splitlines()
+    assert lines[0].startswith("mine.py takes margins from losses.py of the project"), graded.stdout
+    found = {line.split()[0]: line for line in lines if line.startswith("task")}
+    assert list(found) == [f"task{number:02d}" for number in TASKS] and "done" in found["task01"] and "to do" in found["task02"]
+    assert re.search(r"task03  \d+ of \d+ ", found["task03"]) and "four vectors, Eq. 12" in graded.stdout
+    assert re.search(r"mine.py, line \d+, in grad_anchor, raised RuntimeError", graded.stdout) and "to do" in found["task07"]
+    one = subprocess.run([*command, "-k", "task01"], capture_output=True, text=True, cwd=tmp_path)
+    assert one.returncode == 0 and len(one.stdout.splitlines()) == 2, one.stdout
+    (tmp_path / "mine.py").write_text("def goodness(h:")
+    broken = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert broken.returncode == 2 and broken.stderr.startswith(f"{tmp_path}/mine.py cannot be read: SyntaxError"), broken.stderr
+
+
+if __name__ == "__main__":
+    raise SystemExit(grade(sys.argv[1:]))

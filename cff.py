@@ -183,36 +183,35 @@ def predict(model, images, algo, head=False, skip_first=False):
 
 # --------------------------------------------------------------------------- layer-parallel training (Section 5.1, Fig. 8)
 
-class Stage:
+class Segment:
     """The layers that this process trains, of the processes of torch.distributed in a line; stands for the model in
     cff_step, ff_step and encode, which do not know of it.
 
     The first process has the images. A later one receives, where the model would cut patches, the output of the layer before
     its own. Its last layer's output is sent on at once, before the loss is taken; nothing comes back. So while process r
-    works on batch t, process r - 1 works on batch t + 1, and N batches take n + N - 1 steps on n processes.
+    works on batch t, process r - 1 works on batch t + 1, and N batches take n + N - 1 steps on n processes. A process sends a
+    batch when the one before is on its way into the next process, so that at most two are in between.
 
-    shape: of the message for one image. messages: of a batch, one for each forward pass. At most `ahead` batches are on their
-    way between two processes. trace: rows (process, batch, event, batch waited for, start, end), in seconds of time.time().
-    Raises ValueError for more processes than layers.
+    shape: of the message for one image. messages: of a batch, one for each forward pass. trace: rows (process, batch, event,
+    batch waited for, start, end), in seconds of time.time(), after each epoch. Raises ValueError for more processes than layers.
     """
 
-    def __init__(self, model, shape, messages, ahead=2):
+    def __init__(self, model, shape, messages):
         self.rank, n, L = dist.get_rank(), dist.get_world_size(), len(model.layers)
         if n > L:
             raise ValueError(f"{n} processes for {L} layers: each needs at least one")
         self.first, self.end = L * self.rank // n, L * (self.rank + 1) // n             # its layers: first ... end - 1
-        self.is_last = self.end == L
         self.layers, self.pool, self.labels, self.cut = model.layers[self.first:self.end], model.pool, model.labels, model.patches
+        self.shape, self.messages, self.is_last = shape, messages, self.end == L
         if self.rank > 0:
             model.layers = self.layers                              # the others are dropped
-        self.shape, self.messages, self.ahead = shape, messages, ahead
 
     @contextmanager
     def epoch(self, sizes):
         """Within it messages flow; sizes: the number of images of each batch of the epoch."""
         self.batch, self.trace, self.coming, self.going = 0, [], deque(), deque()
         self.expected = (size for size in sizes for _ in range(self.messages))
-        for _ in range(self.ahead * self.messages):
+        for _ in range(self.messages):
             self.expect()
         hook = None if self.is_last else self.layers[-1].register_forward_hook(self.send)
         try:
@@ -234,25 +233,21 @@ class Stage:
         """The input of this process's first layer: patches (with labels y) in the first process, in a later one a message."""
         if self.rank == 0:
             return self.cut(images, y)
-        request, h = self.coming.popleft()
-        start = time.time()
+        start, (request, h) = time.time(), self.coming.popleft()
         request.wait()
         self.note("receive", self.batch, start)
         self.expect()
         return h if self.labels is None else unit(h)                # FF normalises between layers
 
     def send(self, layer, x, h):
-        """Send h, the output of this process's last layer, on; wait first if too many messages are on their way."""
+        """Send h, the output of this process's last layer, on; wait first if the batch before has not left."""
         start, waited_for = time.time(), ""
-        while len(self.going) >= self.ahead * self.messages:
+        if len(self.going) == self.messages:
             request, _, waited_for = self.going.popleft()
             request.wait()
         self.note("send", waited_for, start)
         h = h.detach().contiguous()
         self.going.append((dist.isend(h, self.rank + 1), h, self.batch))                # h must live until it is sent
-
-    def note(self, event, waited_for, start):
-        self.trace.append((self.rank, self.batch, event, waited_for, start, time.time()))
 
     def steps(self, updates):
         """Yield each update of an epoch, noting when the step on it is done."""
@@ -261,3 +256,6 @@ class Stage:
             yield update
             self.note("step", "", start)
             self.batch += 1
+
+    def note(self, event, waited_for, start):
+        self.trace.append((self.rank, self.batch, event, waited_for, start, time.time()))

@@ -266,7 +266,7 @@ def draw_layers(run, features, log, rows, three, path):
 
 
 def draw_tsne(axes, features, y, names):
-    """Row 2 of Fig. 5: the first 1,000 rows of each layer's features in two dimensions, a colour and a name a class."""
+    """Row 2 of Fig. 5: the first 1,000 rows of each layer's features in two dimensions, a colour and a mark a class."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -277,13 +277,14 @@ def draw_tsne(axes, features, y, names):
     y, few = y[:1000], len(y.unique()) <= 10
     for axis, f in zip(axes, features):
         place = TSNE(perplexity=min(30, len(y) // 4), init="pca", random_state=0).fit_transform(f[:1000].cpu().numpy())
-        axis.scatter(*place.T, c=y, cmap="tab10" if few else "turbo", s=5)
         axis.set(xticks=[], yticks=[])
-        for c in y.unique() if few else []:
-            x_c, y_c = (coordinate[(y == c).numpy()] for coordinate in place.T)
-            axis.text(statistics.median(x_c.tolist()), statistics.median(y_c.tolist()), names[c] if names else int(c), fontsize=8,
-                      ha="center", va="center", bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75})
+        if not few:
+            axis.scatter(*place.T, c=y, cmap="turbo", s=5)
+        for c in y.unique().tolist() if few else []:
+            axis.scatter(*place[(y == c).numpy()].T, color=f"C{c}", marker="osD^vP*<>X"[c], s=11, lw=0, label=names[c] if names else c)
     axes[0].set_ylabel("t-SNE")
+    if few:
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2, fontsize=9)
 
 
 def draw_epochs(axes, log):
@@ -449,7 +450,7 @@ def draw_runs(folders, path):
     about = {"dataset": record.settings["dataset"], "model": record.settings["model"], "limit": f"{record.images[0]} images",
              "augment": f"augment {record.settings['augment']}"}
     fixed = [text for name, text in about.items() if name != varied and not (name == "limit" and varied == "missing")]
-    axis.set_title(f"{', '.join(fixed)}; seeds {', '.join(map(str, seeds))}", fontsize=10)
+    axis.set_title(f"{', '.join(fixed)}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend()
     save(figure, path)
@@ -660,7 +661,7 @@ def longest_chain(trace):
     """The most local steps of a trace that had to wait for each other: n + N - 1 for N batches on n processes (Sec. 5.1).
 
     A process's step on a batch comes after its step before; after the step that it received its input from; and, if it waited
-    until an older message was taken, after the step that the taker had made before.
+    until an older message had left, after the step that the receiver had made before that message's own, at the latest.
     """
     after = {(row["process"], row["batch"]): [(row["process"], row["batch"] - 1)] for row in trace if row["event"] == "step"}
     for row in trace:
@@ -717,15 +718,15 @@ def draw_schedule(trace, n, batches, path):
 
 
 def piped_steps(method, N, *case):
-    """A function that trains on the same random batch N times, by all processes, each its layers; and the bytes of its `Stage`."""
+    """A function that trains on the same random batch N times, by all processes, each its layers."""
     run, x, y = random_run(method, *case)
     part = part_of(run)
-    step, stage = make_step(part, make_optimizers(part.model, part.settings)), part.model
+    step, segment = make_step(part, make_optimizers(part.model, part.settings)), part.model
 
     def epoch():
-        with stage.epoch([len(y)] * N):
-            for _ in stage.steps(range(N)):
-                step(x if stage.rank == 0 else y, y)
+        with segment.epoch([len(y)] * N):
+            for _ in segment.steps(range(N)):
+                step(x if segment.rank == 0 else y, y)
         return y
     return epoch
 
@@ -803,7 +804,7 @@ def show_pipeline_speed(record):
     """Print a record of `pipeline_speed` as a Markdown table."""
     print("{batches} batches of {batch_size} random images of {dataset}'s sizes, {model}, {processes} processes, {device}, torch {torch}; "
           "medians of {rounds} rounds (least-most):\n".format(**record))
-    rows = [["What", "One process, s", f"{record['processes']} processes, s", "Gain", "Gain / matrix products'", "Faster than BP in all"]]
+    rows = [["What", "One process, s", f"{record['processes']} processes, s", "Gain", "Gain / matrix products'", "Speed / BP's"]]
     most = record["methods"]["Matrix products"]["gain"]
     for what, row in record["methods"].items():
         share = [gain / product for gain, product in zip(row["gain"], most)]
@@ -840,8 +841,8 @@ def main():
     parser.add_argument("--speed", action="store_true", help="measure training, inference and memory on this machine")
     parser.add_argument("--model", default="vit-128-4-5", help="for --speed [vit-128-4-5]")
     parser.add_argument("--batch-size", type=int, default=512, help="for --speed [512]")
-    parser.add_argument("--rounds", type=int, default=5, help="for --speed: measured steps of each method [5]")
-    parser.add_argument("--batches", type=int, default=80, help="for --speed with torchrun: batches of each measurement [80]")
+    parser.add_argument("--rounds", type=int, default=5, help="for --speed: measured rounds, after one to warm up [5]")
+    parser.add_argument("--batches", type=int, default=20, help="for --speed with torchrun: batches of each measurement [20]")
     parser.add_argument("--json", metavar="FILE", help="for --speed: write the numbers there too")
     args = parser.parse_args()
     if bool(args.runs) + args.speed + bool(args.margins) + args.show_views != 1 or min(args.rounds, args.batches) < 1:

@@ -22,6 +22,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from copy import copy
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2 import functional as ops
 
-from cff import (Stage, bp_step, cff_step, collab_step, encode, encode_neutral, features, ff_step, gammas, head_step,
+from cff import (Segment, bp_step, cff_step, collab_step, encode, encode_neutral, features, ff_step, gammas, head_step,
                  layer_goodness, predict, scl_step, wrong_labels)
 from losses import contrastive_loss, ff_loss, marginal_contrastive_loss, margins, saturated, symba_loss
 from vit import build_model
@@ -540,7 +541,8 @@ class Run:
     def start(self):
         """Make the folder and write down every setting, the data, versions and machine."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        config = {"command": "python " + " ".join(sys.argv), "settings": self.settings, "data": self.facts,
+        launch = f"torchrun --nproc-per-node {dist.get_world_size()}" if self.settings["pipeline"] else "python"
+        config = {"command": f"{launch} " + " ".join(sys.argv), "settings": self.settings, "data": self.facts,
                   "device": describe_device(self.device),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "torchvision": torchvision.__version__}}
@@ -768,8 +770,8 @@ def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
 
     while state["epoch"] < epochs:
         start, planned = time.time(), plan()
-        if run.part and stage == 1:
-            run.part.planned = share([(rate, y[rows]) for rate, rows in planned], run.device)
+        if run.part:
+            run.part.planned = broadcast([(rate, y[rows]) for rate, rows in planned], run.device)
         columns, val_loss = one_epoch(run, optimizers, updates(planned))
         state["epoch"] += 1
         row = {"stage": stage, "epoch": state["epoch"], **columns, "seconds": round(time.time() - start, 2)}
@@ -798,8 +800,7 @@ def train(run, optimizer_states=()):
         optimizers = take_up(make_optimizers((run.part or run).model, settings))
         train_stage(run, 1, optimizers, encoder_epoch, settings["epochs"], settings["lr"], settings["warmup"])
         if run.part:
-            share(None, run.device)                         # the later processes are done
-            run.part = None
+            run.part = dismiss(run)
         take_best()
         state["encoder_epoch"] = state["best_epoch"]
         if two_stages(settings):
@@ -831,7 +832,8 @@ def connect():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    # a process waits for the others as long as data are loaded or validated; torchrun ends the run if one dies
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
 
 
 def pack(value):
@@ -844,7 +846,7 @@ def unpack(data, device):
     return torch.load(io.BytesIO(data), map_location=device, weights_only=False)        # from our own processes alone
 
 
-def share(value, device):
+def broadcast(value, device):
     """In every process the first one's value, its tensors on `device`."""
     box = [pack(value)] if dist.get_rank() == 0 else [None]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
@@ -859,15 +861,17 @@ def gather(value, device):
 
 
 def part_of(run):
-    """A copy of `run` for the layers of this process: its model is a cff.Stage. A later process drops all other layers."""
+    """A copy of `run` for the layers of this process: its model is a cff.Segment. A later process drops all other layers."""
     model, part = run.model, copy(run)
+    if run.device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+        raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs: start fewer, or use --device cpu")
     image, label = torch.zeros(1, *run.facts["image_shape"]), torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         h = model.layers[0](model.patches(image.to(run.device), None if model.labels is None else label.to(run.device)))
     # FF, SymBa: true label, wrong label, and the neutral one for the probe
-    part.model = stage = Stage(model, h.shape[1:], messages=run.settings["views"] if model.labels is None else 3)
-    part.margins = run.margins and run.margins[stage.first:stage.end]
-    if stage.rank > 0:
+    part.model = segment = Segment(model, h.shape[1:], messages=run.settings["views"] if model.labels is None else 3)
+    part.margins = run.margins and run.margins[segment.first:segment.end]
+    if segment.rank > 0:
         part.augment = part.normalise = lambda y: y                 # where there are no images, their labels stand for them
     return part
 
@@ -875,14 +879,20 @@ def part_of(run):
 def split_layers(run, optimizer_states):
     """In the first process: give each process its layers; returns the states of this one's optimizers."""
     run.part = part_of(run)
-    share((run.settings, run.facts, run.model.state_dict(), optimizer_states), run.device)
+    broadcast((run.settings, run.facts, run.model.state_dict(), optimizer_states), run.device)
     return optimizer_states[:run.part.model.end]
+
+
+def dismiss(run):
+    """In the first process: let the later ones end, as stage 1 is over."""
+    broadcast(None, run.device)
+    dist.destroy_process_group()
 
 
 def assist():
     """What a later process does: train its layers, epoch by epoch, as the first one says; it reads and writes no files."""
     connect()
-    start = share(None, "cpu")
+    start = broadcast(None, "cpu")
     if start is not None:                                           # else stage 1 is over
         settings, facts, weights, states = start
         run = Run(settings, facts)
@@ -898,7 +908,7 @@ def assist():
                 set_rate(optimizers, rate)
                 yield y, y
 
-        while planned := share(None, part.device):
+        while planned := broadcast(None, part.device):
             part.planned = planned
             train_part(part, optimizers, updates())
     dist.destroy_process_group()
@@ -906,15 +916,15 @@ def assist():
 
 def train_part(part, optimizers, updates):
     """An epoch of `train_layers` in this process; in the first one, what all of them return."""
-    stage = part.model
-    with stage.epoch([len(y) for _, y in part.planned]):
-        sums = train_layers(part, optimizers, stage.steps(updates))
-    return gather(sums | {"layers": [layer.state_dict() for layer in stage.layers], "trace": stage.trace,
+    segment = part.model
+    with segment.epoch([len(y) for _, y in part.planned]):
+        sums = train_layers(part, optimizers, segment.steps(updates))
+    return gather(sums | {"layers": [layer.state_dict() for layer in segment.layers], "trace": segment.trace,
                           "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, part.device)
 
 
 def piped_epoch(run, optimizers, updates):
-    """In the first process: `train_layers` by all processes; takes up their weights and writes trace.csv (`Stage.trace`)."""
+    """In the first process: `train_layers` by all processes; takes up their weights and writes trace.csv (`Segment.trace`)."""
     parts = train_part(run.part, optimizers, updates)
     for layer, weights in zip(run.model.layers, (weights for part in parts for weights in part["layers"])):
         layer.load_state_dict(weights)
@@ -1035,7 +1045,7 @@ def draw_curves(run):
 
 
 def main(argv=None):
-    if int(os.environ.get("RANK", 0)) > 0:
+    if int(os.environ.get("RANK", 0)) > 0 and not {"-h", "--help"} & set(sys.argv):
         return assist()
     try:
         settings, resume = parse(argv)
@@ -1046,7 +1056,7 @@ def main(argv=None):
         if settings["pipeline"] and run.state["stage"] == 1:
             optimizer_states = split_layers(run, optimizer_states)
         elif settings["pipeline"]:
-            share(None, run.device)                             # nothing is left to the later processes
+            dismiss(run)                                        # nothing is left to the later processes
         if not resume:
             run.start()
     except (OSError, ValueError, RuntimeError) as reason:       # data, model, folder or device that cannot be

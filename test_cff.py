@@ -136,6 +136,25 @@ def test_worked_example_of_a5_a6_a7():
     close(losses.grad_negative(FOUR, TWO, 0, 2, 0.4, 1.0), *four("Eq. A.7, i = 0, k = 2: e^0 / Z_0 f_0", 1 / Z0, 0.0))
 
 
+def test_worked_example_in_the_readme():
+    """The numbers that the README carries by hand, computed."""
+    page = (HERE / "README.md").read_text().split("### Four vectors, by hand")[1].split("## See what was learned")[0]
+    P, N = zip(*[sets(TWO, i) for i in range(4)])
+    s, shown = FOUR @ FOUR.T, []
+    for i in range(4):
+        Q = min(s[i, P[i][0]].item() + 0.4, 1)
+        Z = e(Q) + sum(e(s[i, n]) for n in N[i])
+        shown += [f"= {Z:.4f} |", f"| {math.log(Z) - Q:.4f} |"]
+    vectors = losses.grad_anchor(FOUR, TWO, 0, 0.4, 1), losses.grad_anchor(FOUR, TWO, 2, 0.4, 1)
+    shown += [f"({v[0]:.4f}, {v[1]:.4f})" for v in vectors] + [f"is {slow_loss(FOUR, TWO, 0.4, 1):.4f}"]
+    shown += [f"(0, {losses.grad_positive(FOUR, TWO, 2, 3, 0.4, 1)[1]:.4f})", f"({losses.grad_negative(FOUR, TWO, 0, 2, 0.4, 1)[0]:.4f}, 0)"]
+    three = torch.tensor([0, 0, 0, 1])
+    shown += [f"the loss is {losses.contrastive_loss(FOUR, TWO, 1):.4f}", f"Eq. 3's {losses.contrastive_loss(FOUR, three, 1):.4f}",
+              f"the loss is {losses.inner_contrastive_loss(FOUR, three, 1):.4f}"]
+    for number in shown:
+        assert number in page, f"not in the README: {number}"
+
+
 # ------------------------------------------------------------------------------------- Section 3.1: Eqs. 1 and 2, Section 3.3: Eq. 7
 
 def goodness_pair(seed=0, B=6):

@@ -73,8 +73,12 @@ def slow_loss(f, y, m, tau):
 
 
 def close(got, expected, what, tolerance=1e-10):
-    """Assert in words: which equation, what was expected, what came."""
-    assert torch.allclose(got, expected, rtol=0, atol=tolerance), f"{what}: expected {expected}; got {got}"
+    """Assert in words: which equation, what was expected, what came; of many numbers, the one that differs most."""
+    assert got.shape == expected.shape, f"{what}: expected a tensor {tuple(expected.shape)}; got {tuple(got.shape)}"
+    if not torch.allclose(got, expected, rtol=0, atol=tolerance):
+        off = (got - expected).detach().abs().nan_to_num(math.inf)
+        words = f"expected {expected.tolist()}; got {got.tolist()}" if off.numel() <= 12 else f"{(off > tolerance).sum()} of {off.numel()} numbers differ"
+        raise AssertionError(f"{what}: {words}; the largest difference is {off.max():.3g}")
 
 
 # --------------------------------------------------------------------- the worked example: four unit vectors in the plane, two classes
@@ -547,15 +551,28 @@ def test_gradient_through_the_normalisation_and_the_pooling():
     close(h.grad, dz[:, None].expand_as(h) / 4, "dL/dh, each patch 1/P of dL/dz")
 
 
+KINK = torch.tensor([[1.0, 0.0], [0.5, 0.75 ** 0.5], [-1.0, 0.0]], dtype=torch.float64)          # s_01 = 0.5 = 1 - m
+KINK_Z = e(1) + e(-1)                                               # of anchor 0 at tau = 1: Q_01 = 1, s_02 = -1
+
+
+@task(4)
 def test_exactly_at_the_kink_a_pair_is_unsaturated():
-    f = torch.tensor([[1.0, 0.0], [0.5, 0.75 ** 0.5], [-1.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    y = torch.tensor([0, 0, 1])                                     # s_01 = 0.5 = 1 - m
-    assert not losses.saturated(f.detach(), y, 0.5).any()
+    f, y = KINK.clone().requires_grad_(), torch.tensor([0, 0, 1])
+    assert not losses.saturated(KINK, y, 0.5).any(), "Sec. 3.5: at s = 1 - m exactly a pair is not in R"
     losses.marginal_contrastive_loss(f, y, 0.5, 1.0).backward()
-    close(2 * f.grad, losses.marginal_contrastive_grad(f.detach(), y, 0.5, 1.0), "at s = 1 - m")
-    Z = math.exp(1) + math.exp(-1)                                  # of anchor 0: Q_01 = 1, s_02 = -1
-    expected = (-1 + math.exp(1) / Z) * f[0].detach()
-    close(losses.grad_positive(f.detach(), y, 0, 1, 0.5, 1.0), expected, "Eq. A.6 at s = 1 - m")
+    close(2 * f.grad, losses.marginal_contrastive_grad(KINK, y, 0.5, 1.0), "Eq. 17, its gradient flows at s = 1 - m exactly")
+
+
+@task(5)
+def test_eq18_exactly_at_the_kink():
+    expected = -KINK[1] + (e(1) * KINK[1] + e(-1) * KINK[2]) / KINK_Z
+    close(losses.grad_anchor(KINK, torch.tensor([0, 0, 1]), 0, 0.5, 1.0), expected, "Eq. 18 at s = 1 - m, where R is empty")
+
+
+@task(6)
+def test_a6_exactly_at_the_kink():
+    expected = (-1 + e(1) / KINK_Z) * KINK[0]
+    close(losses.grad_positive(KINK, torch.tensor([0, 0, 1]), 0, 1, 0.5, 1.0), expected, "Eq. A.6 at s = 1 - m, where R is empty")
 
 
 # ---------------------------------------------------------------------------------------------- Section 4.1: Fig. 4a
@@ -570,8 +587,11 @@ def test_fig4a_margins():
     assert losses.margins(0.4, 0.1, 5, "cosine")[1] == pytest.approx(0.25 + 0.15 * 0.5 ** 0.5), "Fig. 4a, cosine"
     assert losses.margins(0.4, 0.1, 1) == [0.4], "Fig. 4a: one layer alone has m0"
     for wrong in [(2.5, 0.1, 3), (0.4, -0.1, 3), (0.4, 0.1, 0), (0.4, 0.1, 3, "steep"), (0.0, 0.1, 3, "exponential")]:
-        with pytest.raises(ValueError):
-            losses.margins(*wrong)
+        try:
+            got = losses.margins(*wrong)
+        except ValueError:
+            continue
+        assert False, f"Fig. 4a: margins{wrong} must raise a ValueError; it gave {got}"
 
 
 # ------------------------------------------------------------------------------------------- Section 3.4: the networks
@@ -741,7 +761,7 @@ def test_algorithm1_left_line_by_line(small, views):
     model, optimizers, x, y, _ = small
     twin = vit.build_model("vit-8-2-3", (3, 8, 8), 3).double()
     twin.load_state_dict(model.state_dict())
-    twins_optimizers, draws = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in twin.layers], [x + 0.1, x - 0.1]
+    optimizers_by_hand, draws = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in twin.layers], [x + 0.1, x - 0.1]
     for step in range(2):
         got = cff.cff_step(model, optimizers, x, y, lambda x, views=iter(draws): next(views), [0.4, 0.25, 0.1], 0.15, views)
         inputs, expected = [twin.patches(view) for view in draws[:views]], []
@@ -752,13 +772,13 @@ def test_algorithm1_left_line_by_line(small, views):
             loss = slow_loss(f, y.repeat(views), [0.4, 0.25, 0.1][l], 0.15)
             layer.zero_grad()
             loss.backward()
-            twins_optimizers[l].step()
+            optimizers_by_hand[l].step()
             inputs = [output.detach() for output in outputs]        # from before the update
             expected.append(loss.detach())
-    assert got.shape == (3,) and not got.requires_grad, "Algorithm 1: L losses, without a graph"
-    close(got, torch.stack(expected), "Algorithm 1, the losses of the layers in a second step on the same batch")
-    for name, value in model.state_dict().items():
-        close(value, twin.state_dict()[name], f"Algorithm 1, the weights {name} after two steps", 1e-8)
+        assert got.shape == (3,) and not got.requires_grad, "Algorithm 1: L losses, without a graph"
+        close(got, torch.stack(expected), f"Algorithm 1, the losses of the layers in step {step + 1}")
+        for name, value in model.state_dict().items():
+            close(value, twin.state_dict()[name], f"Algorithm 1, the weights {name} after step {step + 1}", 1e-8)
 
 
 @task(7)
@@ -1935,8 +1955,14 @@ class Grader:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
         names = TASKS[self.number(item)][1]
-        with in_place_of({place: getattr(self.mine, place[1], to_do) for place in names}):
+        with in_place_of({(module, name): getattr(self.mine, name, self.to_do(name)) for module, name in names}):
             return (yield)
+
+    def to_do(self, name):
+        """What stands for a function that is not in the file."""
+        def missing(*arguments, **keywords):
+            raise NotImplementedError(f"{self.path.name} has no {name}")
+        return missing
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -1944,15 +1970,16 @@ class Grader:
         if call.when == "call" or report.failed:
             missing = call.excinfo and call.excinfo.errisinstance(NotImplementedError)
             self.outcomes[number].append("to do" if missing else report.outcome)
-            if report.failed and not missing:
-                self.words.setdefault(number, self.explain(item, call.excinfo))
+            if report.failed:
+                self.words.setdefault(number, f"to do: {call.excinfo.value}" if missing else self.explain(item, call.excinfo))
         return report
 
     def explain(self, item, excinfo):
         """What went wrong, in words: the test's, or where the student's code raised what."""
         if excinfo.errisinstance(AssertionError) and not self.where(excinfo):
             return str(excinfo.value).split("\nassert")[0]
-        return f"{self.where(excinfo) or 'your code'} raised {excinfo.typename}: {str(excinfo.value).splitlines()[0]} (in {item.name})"
+        words = " ".join(str(excinfo.value).split())[:300]
+        return f"{self.where(excinfo) or 'what your code gave'} raised {excinfo.typename}: {words} (in {item.name})"
 
     def where(self, excinfo):
         """The innermost line of the student's file in a traceback, "" if none raised."""
@@ -1969,14 +1996,12 @@ class Grader:
                 state = "done" if passed == len(outcomes) else "to do" if todo == len(outcomes) else f"{passed} of {len(outcomes)}"
                 paper, names = TASKS[number]
                 print(f"task{number:02d}  {state:9s} {', '.join(name for _, name in names)} ({paper})")
-                for line in self.words.get(number, "").splitlines():
+                for line in self.words.get(number, "").splitlines() if state != "to do" else []:
                     print(f"        {line}")
         flat = [outcome for outcomes in self.outcomes.values() for outcome in outcomes]
+        if not flat:
+            print(f"nothing to grade: tasks are named task01 ... task{len(TASKS)}")
         return bool(flat) and all(outcome == "passed" for outcome in flat)
-
-
-def to_do(*arguments, **keywords):
-    raise NotImplementedError
 
 
 def grade(arguments):
@@ -1992,7 +2017,7 @@ def grade(arguments):
     except Exception as reason:                                     # whatever a file of Python can raise
         print(f"{arguments[0]} cannot be read: {type(reason).__name__}: {reason}", file=sys.stderr)
         return 2
-    pytest.main([__file__, "-p", "no:terminal", "-p", "no:cacheprovider", *arguments[1:]], plugins=[grader])
+    pytest.main([__file__, "-p", "no:terminal", "-p", "no:cacheprovider", "--capture=no", *arguments[1:]], plugins=[grader])
     return 0 if grader.summary() else 1
 
 
@@ -2154,6 +2179,8 @@ def test_the_classroom_grades_a_file(tmp_path):
     assert list(found) == [f"task{number:02d}" for number in TASKS] and "done" in found["task01"] and "to do" in found["task02"]
     assert re.search(r"task03  \d+ of \d+ ", found["task03"]) and "four vectors, Eq. 12" in graded.stdout
     assert re.search(r"mine.py, line \d+, in grad_anchor, raised RuntimeError", graded.stdout) and "to do" in found["task07"]
+    none = subprocess.run([*command, "-k", "task11"], capture_output=True, text=True, cwd=tmp_path)
+    assert none.returncode == 1 and none.stdout.splitlines()[-1].startswith("nothing to grade"), none.stdout
     one = subprocess.run([*command, "-k", "task01"], capture_output=True, text=True, cwd=tmp_path)
     assert one.returncode == 0 and len(one.stdout.splitlines()) == 2, one.stdout
     (tmp_path / "mine.py").write_text("def goodness(h:")

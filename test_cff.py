@@ -1868,7 +1868,13 @@ def test_the_readmes_numbers_are_the_records(capsys):
     assert folders
     evaluation.show_table(folders, markdown=True)
     evaluation.show_speed(json.loads((HERE / "results" / "speed.json").read_text()))
-    for line in capsys.readouterr().out.splitlines():
+    for path in sorted((HERE / "results").glob("pipeline-vit*.json")):
+        evaluation.show_pipeline_speed(json.loads(path.read_text()))
+    lines = capsys.readouterr().out.splitlines()
+    for path in sorted((HERE / "results").glob("pipeline-memory*.json")):               # of these the memory alone
+        evaluation.show_pipeline_speed(json.loads(path.read_text()))
+        lines.append(capsys.readouterr().out.splitlines()[-1])
+    for line in lines:
         assert line in readme, f"not in the README: {line}"
 
 

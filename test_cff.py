@@ -387,6 +387,14 @@ def test_losses_refuse_what_makes_no_sense(change, words):
                 loss(**arguments)
 
 
+def test_defaults_are_those_of_the_paper_and_its_code():
+    defaults = lambda function: {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+    for loss in (losses.contrastive_loss, losses.inner_contrastive_loss, losses.marginal_contrastive_loss):
+        assert defaults(loss) == {"temperature": 0.15}
+    assert defaults(losses.ff_loss) == {"threshold": 2.0} and defaults(losses.symba_loss) == {"alpha": 1.0}
+    assert defaults(losses.margins) == {"decay": "linear"} and defaults(cff.collab_step)["threshold"] == 2.0
+
+
 def test_losses_are_stable_at_a_small_temperature():
     f, y = batch(0)
     assert losses.marginal_contrastive_loss(f.float(), y, 0.4, 0.001).isfinite()    # exp(1/0.001) overflows
@@ -586,6 +594,7 @@ def test_fig4a_margins():
     assert losses.margins(0.4, 0.1, 4, "parabolic") == pytest.approx([0.4, 0.1 + 0.3 * 4 / 9, 0.1 + 0.3 / 9, 0.1]), "Fig. 4a, parabolic"
     assert losses.margins(0.4, 0.1, 5, "cosine")[1] == pytest.approx(0.25 + 0.15 * 0.5 ** 0.5), "Fig. 4a, cosine"
     assert losses.margins(0.4, 0.1, 1) == [0.4], "Fig. 4a: one layer alone has m0"
+    assert losses.margins(0, 2, 2) == [0, 2] and losses.margins(2, 0, 2) == [2, 0], "Fig. 4a: margins lie in 0..2, both included"
     for wrong in [(2.5, 0.1, 3), (0.4, -0.1, 3), (0.4, 0.1, 0), (0.4, 0.1, 3, "steep"), (0.0, 0.1, 3, "exponential")]:
         try:
             got = losses.margins(*wrong)
@@ -2169,7 +2178,7 @@ def test_each_mistake_fails_its_task_with_words_that_point_to_it(number):
             assert re.search(r"Eq\. |Eqs\. |Sec\. |Algorithm 1|Fig\. |patching", words), f"{new!r} in {name} fails with {words!r}"
 
 
-def test_the_classroom_grades_a_file(tmp_path):
+def test_the_classroom_grades_a_file(tmp_path, capsys):
     """One task done, one wrong, one that raises, one copied, the rest to do."""
     mine = template()
     done = inspect.getsource(losses.goodness) + "\n\nsoftplus = F.softplus\n\n\n" + inspect.getsource(losses.ff_loss)
@@ -2190,8 +2199,8 @@ def test_the_classroom_grades_a_file(tmp_path):
     one = subprocess.run([*command, "-k", "task01"], capture_output=True, text=True, cwd=tmp_path)
     assert one.returncode == 0 and len(one.stdout.splitlines()) == 2, one.stdout
     (tmp_path / "mine.py").write_text("def goodness(h:")
-    broken = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert broken.returncode == 2 and broken.stderr.startswith(f"{tmp_path}/mine.py cannot be read: SyntaxError"), broken.stderr
+    assert grade([str(tmp_path / "mine.py")]) == 2
+    assert capsys.readouterr().err.startswith(f"{tmp_path / 'mine.py'} cannot be read: SyntaxError")
 
 
 if __name__ == "__main__":

@@ -595,7 +595,7 @@ def test_fig4a_margins():
     assert losses.margins(0.4, 0.1, 5, "cosine")[1] == pytest.approx(0.25 + 0.15 * 0.5 ** 0.5), "Fig. 4a, cosine"
     assert losses.margins(0.4, 0.1, 1) == [0.4], "Fig. 4a: one layer alone has m0"
     assert losses.margins(0, 2, 2) == [0, 2] and losses.margins(2, 0, 2) == [2, 0], "Fig. 4a: margins lie in 0..2, both included"
-    for wrong in [(2.5, 0.1, 3), (0.4, -0.1, 3), (0.4, 0.1, 0), (0.4, 0.1, 3, "steep"), (0.0, 0.1, 3, "exponential")]:
+    for wrong in [(2.5, 0.1, 3), (-0.1, 0.1, 3), (0.4, 2.5, 3), (0.4, -0.1, 3), (0.4, 0.1, 0), (0.4, 0.1, 3, "steep"), (0.0, 0.1, 3, "exponential")]:
         try:
             got = losses.margins(*wrong)
         except ValueError:

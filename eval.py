@@ -317,7 +317,7 @@ def draw_angles(axis, three, positive, negative):
         cosine = max(-1.0, min(1.0, cosine))
         x, y = cosine, sign * (1 - cosine ** 2) ** 0.5
         axis.plot([0, x], [0, y], color=colour, lw=2)
-        place = 1.35 * x + 0.1 * (sign == 0), sign * max(0.7, 1.35 * abs(y))            # never over the anchor
+        place = 1.35 * x + 0.1 * (sign == 0), sign * max(0.9, 1.35 * abs(y))            # never over the anchor
         axis.add_artist(AnnotationBbox(show_image(OffsetImage, image, zoom=28 / image.shape[-1]), place, pad=0.15,
                                        bboxprops={"edgecolor": colour}))
     axis.set(xlim=(-1.9, 1.9), ylim=(-1.9, 1.9), xticks=[], yticks=[], aspect="equal")
@@ -827,6 +827,7 @@ ERRORS = (OSError, ValueError, RuntimeError, ImportError)           # no run, a 
 
 
 def main():
+    """The command line; what cannot be shown ends with one line and exit status 2."""
     parser = argparse.ArgumentParser("eval.py", usage="eval.py RUN [RUN ...] | --margins M0 ML L | --show-views | --speed; --help",
                                      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs: one to test it, several for a table")

@@ -40,9 +40,8 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
     for l, layer in enumerate(model.layers):                        # for l in range(L):
         f1 = layer(x1)                                              # f1 = layers[l].forward(x1)     (B, #P, E)
         f2 = layer(x2) if two else None                             # f2 = layers[l].forward(x2)     (B, #P, E)
-        f = torch.cat([f1, f2]) if two else f1                      # f = cat(f1, f2)                (2B, #P, E)
-        f_pooled = normalize(model.pool(f))                         # Eq. 13, f / norm2(f)           (2B, E)
-        loss = marginal_contrastive_loss(f_pooled, y, margins[l], temperature)      # loss = ContrastiveLoss(f / norm2(f), y)
+        f = torch.cat([model.pool(f1), model.pool(f2)]) if two else model.pool(f1)      # f = cat(f1, f2), Eq. 13        (2B, E)
+        loss = marginal_contrastive_loss(normalize(f), y, margins[l], temperature)      # loss = ContrastiveLoss(f / norm2(f), y)
         optimizers[l].zero_grad()
         loss.backward()                                             # loss.backward()
         optimizers[l].step()                                        # optimizers[l].step()

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -1857,9 +1858,22 @@ def test_table2_and_table6_speed_of_steps_inference_and_memory_by_depth(capsys, 
         assert table[method]["gigaflop"] == pytest.approx(2 * table["CFF+M, 1 view"]["gigaflop"], rel=0.3)
     assert list(record["inference"]) == ["CFF+M, one pass", "FF, with head", "FF, a pass for each class"]
     assert record["megabytes_by_depth"]["BP"] == {1: 900.0, 10: 1000.0}
+    assert list(record["augment"]) == ["crop", "crop+randaug"]
+    assert all(row["images"] * row["seconds"] == pytest.approx(8) for row in record["augment"].values())
     evaluation.show_speed(json.loads(json.dumps(record)))
     out = capsys.readouterr().out
-    assert "| CFF+M, 2 views | " in out and re.search(r"\| Method +\| 1 +\| 10 +\|", out)
+    assert "| CFF+M, 2 views | " in out and "| crop+randaug | " in out and re.search(r"\| Method +\| 1 +\| 10 +\|", out)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept():
+    import resource
+    train.keep_memory()
+    faults = []
+    for _ in range(3):
+        torch.ones(25_000_000)                                      # 100 MB in 24,000 pages
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[2] - faults[1] < 1000
 
 
 def test_memory_of_bp_grows_with_depth_and_that_of_cff_does_not():
@@ -2095,8 +2109,8 @@ MISTAKES = [
     (7, cff, "cff_step", "x1 = f1.detach()", "x1 = f1"),
     (7, cff, "cff_step", "x1 = f1.detach()", "x1 = layer(x1).detach()"),                                    # after the update
     (7, cff, "cff_step", "augment(x), augment(x) if two else None", "augment(x), None; x2 = x1"),           # one draw for both
-    (7, cff, "cff_step", "normalize(model.pool(f))", "model.pool(f)"),
-    (7, cff, "cff_step", "model.pool(f)", "f[:, 0]"),
+    (7, cff, "cff_step", "normalize(f)", "f"),
+    (7, cff, "cff_step", "[model.pool(f1), model.pool(f2)]", "[f1[:, 0], f2[:, 0]]"),
     (7, cff, "cff_step", "margins[l]", "margins[0]"),
     (7, cff, "cff_step", "        optimizers[l].zero_grad()\n", ""),
     (7, cff, "cff_step", "y = torch.cat([y, y]) if two else y", "f = None"),                                # y not doubled

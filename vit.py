@@ -47,13 +47,11 @@ class Attention(nn.Module):
     def forward(self, x):
         B, P, E = x.shape
         H, d = self.num_heads, E // self.num_heads
-        qkv = self.qkv(x).view(B, P, 3, H, d).permute(2, 0, 3, 1, 4)
-        if x.is_cuda:                   # on a CPU, with 64 tokens, two plain matrix products are faster than the fused call
-            h = F.scaled_dot_product_attention(*qkv)                                    # (B, H, P, d), one fused call
-        else:
-            q, k, v = qkv.reshape(3, B * H, P, d)
-            weights = (q / d ** 0.5 @ k.mT).softmax(dim=-1)                             # (B*H, P, P)
-            h = (weights @ v).view(B, H, P, d)                                          # softmax(q k^T / sqrt(d)) v
+        q, k, v = self.qkv(x).view(B, P, 3, H, d).permute(2, 0, 3, 1, 4)                # (B, H, P, d) each
+        if x.is_cuda:
+            h = F.scaled_dot_product_attention(q, k, v)                                 # the next line in one fused call
+        else:                           # faster on a CPU
+            h = (q / d ** 0.5 @ k.mT).softmax(dim=-1) @ v                               # softmax(q k^T / sqrt(d)) v
         return self.out(h.transpose(1, 2).reshape(B, P, E))
 
 

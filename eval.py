@@ -22,6 +22,7 @@ import re
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -31,12 +32,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize, pad
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
 
 from cff import encode, encode_neutral, predict, update
 from losses import ff_loss, margins, symba_loss
 from train import (CHOICES, COLOURS, DEFAULTS, LABELS, METRIC, SHAPES, Probe, Run, connect, defaults, describe_device, gather, hits,
-                   load_data, make_augment, make_model, make_optimizers, make_step, mean_and_std, part_of, pyplot, two_stages)
+                   keep_memory, load_data, make_augment, make_model, make_optimizers, make_step, mean_and_std, part_of, pyplot, two_stages)
 
 NAMES = {"cff": "CFF", "cffm": "CFF+M", "ff": "FF", "symba": "SymBa", "collab": "FF Collab", "scl": "SCL", "bp": "BP+CE"}
 CLASSES = {"shapes": list(SHAPES), "mnist": list("0123456789"),
@@ -498,12 +502,15 @@ KINDS = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3
          "tinyimagenet": ((3, 64, 64), 200)}            # shape of an image, number of classes
 
 
-def random_run(method, name, dataset, batch_size, device):
-    """What `train.make_step` needs to train `name` by one of METHODS on images of random pixels, and such a batch (x, y)."""
+def random_run(method, name, dataset, batch_size, device, **changes):
+    """What `train.make_step` needs to train `name` by one of METHODS on images of random pixels, and such a batch (x, y).
+
+    changes: settings other than the method's own on this data set.
+    """
     torch.manual_seed(0)
     algo, views = METHODS[method]
     shape, classes = KINDS[dataset]
-    settings = defaults(dataset, algo) | {"model": name, "views": views}
+    settings = defaults(dataset, algo) | {"model": name, "views": views} | changes
     model = make_model(settings, {"image_shape": shape, "num_classes": classes}).to(device)
     generator = torch.Generator(device)
     augment = make_augment(settings["augment"], settings["padding"], shape[0] * [0.5], shape[0] * [0.25], generator)
@@ -582,6 +589,39 @@ def timed(functions, rounds):
     return {name: times[1:] for name, times in seconds.items()}
 
 
+def one_by_one(transform, images):
+    return torch.stack([transform(image) for image in images])
+
+
+def augment_speed(dataset, batch_size, rounds, device, n=20):
+    """Time n batches augmented at once, and image by image by torchvision's transforms in a DataLoader with two processes.
+
+    Returns {kind: {"seconds": of our batch, "images": a second, "loader": images a second, "ratio": of the two}}.
+    """
+    record = {}
+    for kind in ("crop", "crop+randaug"):
+        run, x, _ = random_run("CFF+M, 1 view", "vit-8-2-1", dataset, batch_size, device, augment=kind)
+        rand_augment = [transforms.RandAugment(3, 14)] if "randaug" in kind else []
+        transform = transforms.Compose([*rand_augment, transforms.RandomCrop(x.shape[-2:], run.settings["padding"]),
+                                        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(0.5, 0.25)])
+        loader = DataLoader(n * [to_pil_image(image) for image in x.cpu()], batch_size, num_workers=2, persistent_workers=True,
+                            collate_fn=partial(one_by_one, transform))
+        times = timed({"ours": repeat(n, lambda: run.augment(x)), "loader": lambda: list(loader)[-1]}, rounds)
+        ours, loaders = (statistics.median(seconds) for seconds in times.values())
+        record[kind] = {"seconds": ours / n, "images": n * batch_size / ours, "loader": n * batch_size / loaders,
+                        "ratio": statistics.median(b / a for a, b in zip(times["ours"], times["loader"]))}
+    return record
+
+
+def repeat(n, step):
+    """A function that makes n steps and returns what the last one does."""
+    def steps():
+        for _ in range(n):
+            result = step()
+        return result
+    return steps
+
+
 def summary(times, base):
     """Median, least and most of `times`, and the median of their ratios to those of `base`."""
     return {"seconds": statistics.median(times), "min": min(times), "max": max(times),
@@ -595,6 +635,7 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = 8192 if device.type == "cuda" else 2048
+    augment = augment_speed(dataset, batch_size, rounds, device)    # first: processes that fork make what memory is held slow to write
     matrix, flops = torch.randn(size, size, device=device), {}
     steps = {method: random_step(method, name, dataset, batch_size, device) for method in METHODS}
     for method, step in steps.items():
@@ -613,7 +654,8 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
                       "megabytes": memory.get((method, name))} for method in METHODS}
     return {"command": "python " + " ".join(sys.argv), "device": describe_device(device), "torch": torch.__version__,
             "model": name, "dataset": dataset, "batch_size": batch_size, "rounds": rounds, "gigaflops": rate / 1e9,
-            "methods": table, "images": n, "inference": {way: summary(t, inference["CFF+M, one pass"]) for way, t in inference.items()},
+            "methods": table, "augment": augment,
+            "images": n, "inference": {way: summary(t, inference["CFF+M, one pass"]) for way, t in inference.items()},
             "megabytes_by_depth": {method: {L: memory.get((method, model)) for L, model in deep.items()} for method in compared}}
 
 
@@ -627,6 +669,12 @@ def show_speed(record):
         rows.append([method, f"{row['seconds']:.2f} ({row['min']:.2f}-{row['max']:.2f})", f"{row['ratio']:.2f}",
                      f"{row['gigaflop']:.0f}", f"{row['share']:.0%}",
                      *([f"{row['megabytes']:.0f}", f"{row['megabytes'] / base:.2f}"] if base else "--")])
+    print_table(rows, markdown=True)
+    print("\nAugmenting a batch, and the same image by image in a DataLoader with two processes:\n")
+    rows = [["Augmentation", "ms a batch", "Share of a step of 2 views", "Images/s", "Image by image, images/s", "Ratio"]]
+    for kind, row in record["augment"].items():
+        rows.append([kind, f"{1000 * row['seconds']:.1f}", f"{2 * row['seconds'] / record['methods']['CFF+M, 2 views']['seconds']:.1%}",
+                     f"{row['images']:.0f}", f"{row['loader']:.0f}", f"{row['ratio']:.0f}"])
     print_table(rows, markdown=True)
     print(f"\nInference, {record['images']} images at once:\n")
     rows = [["Way", "ms an image (least-most)", "/ CFF+M"]]
@@ -765,13 +813,6 @@ def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
     memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device), device)
     matrix = torch.randn(size, size, device=device)
 
-    def repeat(N, step):
-        def steps():
-            for _ in range(N):
-                result = step()
-            return result
-        return steps
-
     def together(steps):                                            # from one moment at which all are ready to another
         def run():
             dist.barrier()
@@ -846,6 +887,7 @@ def main():
     parser.add_argument("--batches", type=int, default=20, help="for --speed with torchrun: batches of each measurement [20]")
     parser.add_argument("--json", metavar="FILE", help="for --speed: write the numbers there too")
     args = parser.parse_args()
+    keep_memory()
     if bool(args.runs) + args.speed + bool(args.margins) + args.show_views != 1 or min(args.rounds, args.batches) < 1:
         parser.error("name the folders of runs, or say one of --margins, --show-views, --speed (with --rounds 1 or more)")
     if (args.layers or args.schedule) and args.figure:

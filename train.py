@@ -11,6 +11,7 @@ weights) and result.json (test accuracy). `python eval.py runs/NAME` reads it.
 """
 import argparse
 import csv
+import ctypes
 import io
 import json
 import math
@@ -604,6 +605,14 @@ def describe_device(device):
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def keep_memory():
+    """Let glibc (Linux) keep the memory that a step has freed: to fetch it anew for the next one costs BP a quarter of its time."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)                                              # M_MMAP_MAX: large blocks come from the heap as well
+        mallopt(-1, -1)                                             # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def peak_memory(device):
     """The most memory this process has held, in MB: on a GPU that of tensors, else resident memory; None where unknown."""
     if device.type == "cuda":
@@ -1045,6 +1054,7 @@ def draw_curves(run):
 
 
 def main(argv=None):
+    keep_memory()
     if int(os.environ.get("RANK", 0)) > 0 and not {"-h", "--help"} & set(sys.argv):
         return assist()
     try:

@@ -1833,6 +1833,14 @@ def test_a_table_of_runs_row_by_hand(finished, capsys):
     assert table[1]["Validation %"] == f"{json.loads((finished / 'ff' / 'result.json').read_text())['val_top1']:.1f}"
 
 
+def test_a_table_says_what_the_paper_reports_at_full_scale():
+    mnist, vit = train.defaults("mnist", "ff"), train.defaults("cifar10", "cffm")
+    assert evaluation.paper_says(mnist) == "97.12" and evaluation.paper_says(vit) == "80.42"
+    assert evaluation.paper_says({**vit, "model": "MLP[800 4]", "augment": "flip"}) == "54.55"
+    for change in (dict(limit=10000), dict(pool="token"), dict(missing=0.5), dict(model="vit-64-4-4"), dict(augment="none")):
+        assert evaluation.paper_says({**vit, **change}) == "-"
+
+
 def test_fig5_numbers_stand_without_pictures(finished, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     rows = evaluation.show_layers(finished / "m2")

@@ -606,7 +606,7 @@ def describe_device(device):
 
 
 def keep_memory():
-    """Let glibc (Linux) keep the memory that a step has freed: to fetch it anew for the next one costs BP a quarter of its time."""
+    """Let glibc (Linux) keep the memory that a step has freed: to fetch it anew for the next one costs time, BP most of all."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                                              # M_MMAP_MAX: large blocks come from the heap as well

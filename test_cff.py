@@ -886,17 +886,22 @@ def test_fig1_bp_step_and_scl_step_are_plain_pytorch(small, method):
     twin = vit.build_model("vit-8-2-3", (3, 8, 8), 3).double()
     twin.load_state_dict(model.state_dict())
     encoder = lambda x: twin.layers[2](twin.layers[1](twin.layers[0](twin.patches(x)))).mean(dim=1)
-    if method == "bp":
-        got = cff.bp_step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y, lambda x: x)
-        loss = cross_entropy(twin.head(encoder(x)), y)
-    else:
-        draws = iter([x + 0.1, x - 0.1])
-        got = cff.scl_step(model, torch.optim.SGD(model.layers.parameters(), lr=0.1), x, y, lambda x: next(draws), 0.15)
-        loss = slow_loss(normalize(torch.cat([encoder(x + 0.1), encoder(x - 0.1)])), y.repeat(2), 0.0, 0.15)
-    loss.backward()
-    close(got, loss.detach(), "the loss")
-    for p, q in zip(model.parameters(), twin.parameters()):
-        close(p, q - 0.1 * q.grad if q.grad is not None else q, "one step of SGD")
+    optimizer = torch.optim.SGD(model.parameters() if method == "bp" else model.layers.parameters(), lr=0.1)
+    for _ in range(2):
+        twin.zero_grad()
+        if method == "bp":
+            got = cff.bp_step(model, optimizer, x, y, lambda x: x)
+            loss = cross_entropy(twin.head(encoder(x)), y)
+        else:
+            draws = iter([x + 0.1, x - 0.1])
+            got = cff.scl_step(model, optimizer, x, y, lambda x: next(draws), 0.15)
+            loss = slow_loss(normalize(torch.cat([encoder(x + 0.1), encoder(x - 0.1)])), y.repeat(2), 0.0, 0.15)
+        loss.backward()
+        close(got, loss.detach(), "the loss")
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), twin.parameters()):
+                q -= 0.1 * q.grad if q.grad is not None else 0
+                close(p, q, "a step of SGD")
 
 
 # ------------------------------------------------------------------- Section 3.3: Algorithm 1, right; SymBa; FF Collab
@@ -938,25 +943,27 @@ def test_algorithm1_right_line_by_line(labelled, method):
     step = {"ff": lambda *a: cff.ff_step(*a, losses.ff_loss, torch.Generator().manual_seed(5)),
             "symba": lambda *a: cff.ff_step(*a, losses.symba_loss, torch.Generator().manual_seed(5)),
             "collab": lambda *a: cff.collab_step(*a, 2.0, torch.Generator().manual_seed(5))}[method]
-    got = step(model, optimizers, x, y, lambda x: x + 1)
-    G1, G2 = goodness_by_hand(twin, x + 1, y), goodness_by_hand(twin, x + 1, y_wrong)
-    x1, x2, expected = twin.patches(x + 1, y), twin.patches(x + 1, y_wrong), []
-    for l, layer in enumerate(twin.layers):
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
-        f1, f2 = layer(x1), layer(x2)
-        g1, g2 = (((f.mean(dim=1) if f.dim() == 3 else f) ** 2).mean(dim=1) for f in (f1, f2))
-        if method == "collab":
-            g1, g2 = (g + sum(G[k] for k in range(3) if k != l) for g, G in ((g1, G1), (g2, G2)))
-        loss = torch.log(1 + torch.exp(g2 - g1)).mean() if method == "symba" else \
-            (torch.log(1 + torch.exp(2 - g1)) + torch.log(1 + torch.exp(g2 - 2))).mean() / 2
-        loss.backward()
-        optimizer.step()
-        x1, x2 = (torch.stack([f_i / (f_i ** 2).sum().sqrt() for f_i in f]).detach() for f in (f1, f2))
-        expected.append(loss.detach())
-    assert got.shape == (3,) and not got.requires_grad, "Algorithm 1, right: L losses, without a graph"
-    close(got, torch.stack(expected), f"Algorithm 1, right: the losses of the layers, {method}")
-    for name, value in model.state_dict().items():
-        close(value, twin.state_dict()[name], f"Algorithm 1, right: the weights {name} after a step", 1e-8)
+    optimizers_by_hand = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in twin.layers]
+    for _ in range(2):
+        got = step(model, optimizers, x, y, lambda x: x + 1)
+        G1, G2 = goodness_by_hand(twin, x + 1, y), goodness_by_hand(twin, x + 1, y_wrong)
+        x1, x2, expected = twin.patches(x + 1, y), twin.patches(x + 1, y_wrong), []
+        for l, layer in enumerate(twin.layers):
+            f1, f2 = layer(x1), layer(x2)
+            g1, g2 = (((f.mean(dim=1) if f.dim() == 3 else f) ** 2).mean(dim=1) for f in (f1, f2))
+            if method == "collab":
+                g1, g2 = (g + sum(G[k] for k in range(3) if k != l) for g, G in ((g1, G1), (g2, G2)))
+            loss = torch.log(1 + torch.exp(g2 - g1)).mean() if method == "symba" else \
+                (torch.log(1 + torch.exp(2 - g1)) + torch.log(1 + torch.exp(g2 - 2))).mean() / 2
+            layer.zero_grad()
+            loss.backward()
+            optimizers_by_hand[l].step()
+            x1, x2 = (torch.stack([f_i / (f_i ** 2).sum().sqrt() for f_i in f]).detach() for f in (f1, f2))
+            expected.append(loss.detach())
+        assert got.shape == (3,) and not got.requires_grad, "Algorithm 1, right: L losses, without a graph"
+        close(got, torch.stack(expected), f"Algorithm 1, right: the losses of the layers, {method}")
+        for name, value in model.state_dict().items():
+            close(value, twin.state_dict()[name], f"Algorithm 1, right: the weights {name} after a step", 1e-8)
 
 
 def test_collab_gammas_of_three_layers_by_hand():
@@ -2178,6 +2185,7 @@ MISTAKES = [
     (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = f1.detach()"),                                      # length not removed
     (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = normalize(f1, dim=-1).detach()"),                   # each token by itself
     (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = unit(layer(x1)).detach()"),
+    (8, cff, "ff_step", "        optimizers[l].zero_grad()\n", ""),
     (8, cff, "ff_step", "model.patches(x, y_wrong)", "model.patches(x, y)"),
     (8, cff, "ff_step", "model.patches(x, y_wrong)", "model.patches(x, y_wrong.flip(0))"),                  # of another image
     (8, cff, "ff_step", "goodness(model.pool(f2))", "goodness(f2.flatten(1))"),

@@ -1960,6 +1960,9 @@ def test_the_readmes_numbers_are_the_records(capsys):
         lines.append(capsys.readouterr().out.splitlines()[-1])
     for line in lines:
         assert line in readme, f"not in the README: {line}"
+    claims = readme.split("### What of the paper holds here")[1].split("\n### ")[0]
+    for number in set(re.findall(r"\b\d+\.\d+\b", re.sub(r"\(the paper:[^)]*\)|^\|[^|]*\||Sec\. [\d.]+", "", claims, flags=re.M))):
+        assert any(re.search(rf"\b{re.escape(number)}\b", line) for line in lines), f"{number} is in no record"
 
 
 # ------------------------------------------------------------------------------------------------------------ the classroom

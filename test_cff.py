@@ -1013,6 +1013,8 @@ def test_prediction_sums_the_goodness_over_the_layers():
     assert G[0][1] < G[1][1] and G[0].sum() > G[1].sum(), "the last layer alone would answer 1, the sum answers 0"
     close(cff.predict(model, x, "ff"), torch.stack([g.sum() for g in G])[None], "goodness, summed over the layers")
     close(cff.predict(model, x, "ff", skip_first=True), torch.stack([g[1:].sum() for g in G])[None], "without the first layer")
+    del model.layers[1]
+    close(cff.predict(model, x, "ff", skip_first=True), torch.stack([g[0] for g in G])[None], "a single layer is never skipped")
 
 
 def test_prediction_has_one_pass_for_each_class(labelled):

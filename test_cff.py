@@ -1441,6 +1441,8 @@ def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(unpiped, tmp_p
     steps = sorted((row["process"], row["batch"]) for row in trace if row["event"] == "step")
     assert steps == [(process, batch) for process in range(n) for batch in range(4)]
     assert evaluation.longest_chain(trace) == n + 4 - 1             # L + N - 1 if each process has one layer
+    sent = [(row["batch"], row["waited_for"]) for row in trace if row["event"] == "send" and row["process"] == 0]
+    assert sent == [(0, None), (0, None), (1, 0), (1, 0), (2, 1), (2, 1), (3, 2), (3, 2)], "two views a batch, one batch waits for the next"
     at = {(row["process"], row["batch"]): (row["start"], row["end"]) for row in trace if row["event"] == "step"}
     for process in range(n - 1):                                    # Fig. 8: on batches t + 1 and t at the same time, if only once
         pairs = [(at[process, batch + 1], at[process + 1, batch]) for batch in range(3)]

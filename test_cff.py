@@ -1506,7 +1506,9 @@ def test_fig8_layers_are_shared_out_evenly_and_in_order(monkeypatch):
             segments = []
             for rank in range(n):
                 monkeypatch.setattr(cff.dist, "get_rank", lambda: rank)
-                segments.append(cff.Segment(vit.build_model(f"mlp-8-{L}", (1, 4, 4), 10), (8,), messages=1))
+                model = vit.build_model(f"mlp-8-{L}", (1, 4, 4), 10)
+                segments.append(cff.Segment(model, (8,), messages=1))
+                assert len(model.layers) == (len(segments[-1].layers) if rank else L), "a later process drops what is not its own"
             assert [l for segment in segments for l in range(segment.first, segment.end)] == list(range(L))
             sizes = [len(segment.layers) for segment in segments]
             assert max(sizes) - min(sizes) <= 1 and [segment.is_last for segment in segments] == [False] * (n - 1) + [True]

@@ -1623,7 +1623,9 @@ def test_a_setting_comes_from_what_is_typed_then_the_recipe_then_the_data_set():
     assert {name: paper[name] for name in expected} == expected
     models = {"mnist": "mlp-500-3", "cifar100": "vit-192-6-6", "tinyimagenet": "vit-240-6-7"}
     assert {dataset: settings_of("--dataset", dataset)["model"] for dataset in models} == models
-    assert settings_of("--algo", "bp")["lr"] == 0.0005 and settings_of("--algo", "bp", "--lr", 0.1)["lr"] == 0.1
+    bp = ["--dataset", "cifar10", "--algo", "bp"]
+    assert settings_of(*bp)["lr"] == 0.0005 and settings_of(*bp, "--recipe", "short")["lr"] == 0.002 and settings_of(*bp, "--lr", 1)["lr"] == 1
+    assert settings_of("--algo", "bp")["lr"] == 0.002, "shapes have the recipe for short runs"
 
 
 def test_a_run_is_named_by_what_is_typed():

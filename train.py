@@ -98,7 +98,8 @@ BY_DATASET = {
 # Recipes, settings found here (README, "Short runs" and "MLPs"): for all methods, then what one of them has instead.
 RECIPES = {
     "short": {"all": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, position_std=0.02, padding=4, warmup=80,
-                          schedule="cosine", head_lr=0.005)},
+                          schedule="cosine", head_lr=0.005),
+              "bp": dict(lr=0.002)},
     "mlp": {"all": dict(epochs=30, head_epochs=10, head_lr=0.005, batch_size=128, warmup=100, schedule="cosine", lr=0.002,
                         temperature=0.07),
             "ff": dict(lr=0.2, weight_decay=0.0, epochs=40), "collab": dict(lr=0.2, weight_decay=0.0, epochs=40),

@@ -3,7 +3,7 @@
     x, y        one batch: images (B, C, H, W) and labels (B,)
     x1, x2      CFF: its two augmented views; FF: one view with the true labels, and with wrong ones (negatives);
                 first as patches (B, P, C*p*p), then as a layer's output (B, P, E), detached; P + 1 with a label patch
-    f1, f2, f   what layer l makes of them, (B, P, E) each and (2B, P, E) together; D = C*H*W, #P = P
+    f1, f2, f   what layer l makes of them, (B, P, E) each; f both, pooled and joined, (2B, E); D = C*H*W, #P = P
 
 One call is one batch, and returns losses without a graph. Models come from vit.py; `optimizers` holds one optimizer for each
 layer, so that no update can reach another layer; `augment` makes of images one augmented view, drawn anew at each call.
@@ -77,8 +77,8 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
     """
     losses = []
     x, y_wrong = augment(x), wrong_labels(y, len(model.labels) - 1, generator)      # x, y_wrong = augment(x), wrong(y)
-    x1 = model.patches(x, y)                                        # x = patching(x)                (B, #P, D/#P)
-    x2 = model.patches(x, y_wrong)                                  # x1, x2 = cat_label_patch(x, y, y_wrong)
+    x1 = model.patches(x, y)                                        # x = patching(x)
+    x2 = model.patches(x, y_wrong)                                  # x1, x2 = cat_label_patch(x, y, y_wrong)  (B, #P+1, D/#P)
     # 0 in FF; in FF Collab the goodness of the other layers, from before this batch's updates
     gamma1, gamma2 = (gammas(layer_goodness(model, x, labels)) if collab else [0] * len(model.layers) for labels in (y, y_wrong))
     for l, layer in enumerate(model.layers):                        # for l in range(L):

@@ -369,7 +369,8 @@ def print_table(rows, markdown=False):
 
 def paper_says(settings):
     """The paper's accuracy with the same data, model, augmentation and method, "-" where it has none (Tables 1 and 3)."""
-    whole = all(settings[name] == DEFAULTS[name] for name in ("limit", "missing", "label_noise", "pool", "head"))
+    whole = all(settings[name] == DEFAULTS[name] for name in ("limit", "missing", "label_noise", "pool", "head", "m0", "mL", "decay"))
+    whole &= settings["views"] == 2 or settings["dataset"] == "mnist" or settings["algo"] not in ("cff", "cffm")      # else Table 6
     model = "-".join(re.findall(r"\w+", settings["model"].lower()))
     value = PAPER.get((settings["dataset"], model, settings["augment"]), {}).get(settings["algo"]) if whole else None
     return "-" if value is None else f"{value:.2f}"
@@ -530,7 +531,7 @@ KINDS = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3
 
 
 def random_run(method, name, dataset, batch_size, device, **changes):
-    """What `train.make_step` needs to train `name` by one of METHODS on images of random pixels, and such a batch (x, y).
+    """What `train.make_step` needs to train the model `name` by one of METHODS on images of random pixels, and such a batch (x, y).
 
     changes: settings other than the method's own on this data set.
     """

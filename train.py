@@ -607,7 +607,7 @@ def describe_device(device):
 
 
 def keep_memory():
-    """Let glibc (Linux) keep the memory that a step has freed: to fetch it anew for the next one costs time, BP most of all."""
+    """Let glibc (Linux) keep the memory that a step has freed: to fetch it anew for the next one costs time."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                                              # M_MMAP_MAX: large blocks come from the heap as well

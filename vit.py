@@ -49,7 +49,7 @@ class Attention(nn.Module):
         H, d = self.num_heads, E // self.num_heads
         q, k, v = self.qkv(x).view(B, P, 3, H, d).permute(2, 0, 3, 1, 4)                # (B, H, P, d) each
         if x.is_cuda:
-            h = F.scaled_dot_product_attention(q, k, v)                                 # the next line in one fused call
+            h = F.scaled_dot_product_attention(q, k, v)                                 # the formula below in one fused call
         else:                           # faster on a CPU
             h = (q / d ** 0.5 @ k.mT).softmax(dim=-1) @ v                               # softmax(q k^T / sqrt(d)) v
         return self.out(h.transpose(1, 2).reshape(B, P, E))

@@ -1843,11 +1843,21 @@ def test_a_table_of_runs_row_by_hand(finished, capsys):
     table = [dict(zip(re.split(r" +\| ", heading), re.split(r" +\| ", row))) for row in rows]
     results = [json.loads((finished / f"cff-s{seed}" / "result.json").read_text()) for seed in (0, 1)]
     a, b = (result["test_top1"] for result in results)
-    assert said == "In all rows: data shapes, images 225, augment crop, pool mean, missing 0.0, wrong 0.0, metric top-1"
+    assert said == "In all rows: model vit-16-2-2, data shapes, images 225, augment crop, pool mean, missing 0.0, wrong 0.0, metric top-1"
     assert [row["Run"] for row in table] == ["cff", "ff"] and [row["Method"] for row in table] == ["CFF", "FF"]
     assert [row["Views"] for row in table] == ["2", "1"] and [row["Epochs"] for row in table] == ["2 + 1", "2"]
     assert table[0]["Seeds"] == "0, 1" and table[0]["Test %"] == f"{(a + b) / 2:.1f} ± {abs(a - b) / 2 ** 0.5:.1f}"
     assert table[1]["Validation %"] == f"{json.loads((finished / 'ff' / 'result.json').read_text())['val_top1']:.1f}"
+
+
+def test_a_data_set_and_a_kind_of_model_have_their_own_table(finished, tmp_path, capsys):
+    (tmp_path / "mnist").mkdir()
+    for file in ("config.json", "log.csv", "result.json"):
+        text = (finished / "ff" / file).read_text()
+        (tmp_path / "mnist" / file).write_text(text.replace('"shapes"', '"mnist"').replace("vit-16-2-2", "mlp-500-3"))
+    evaluation.show_table([finished / "cff-s0", tmp_path / "mnist", finished / "ff"])
+    tables = capsys.readouterr().out.split("\n\nIn all rows: ")
+    assert [table.count("\n") for table in tables] == [4, 4] and "data mnist" in tables[1] and "cff-s0" in tables[0]
 
 
 def test_a_table_says_what_the_paper_reports_at_full_scale():
@@ -1856,6 +1866,10 @@ def test_a_table_says_what_the_paper_reports_at_full_scale():
     assert evaluation.paper_says({**vit, "model": "MLP[800 4]", "augment": "flip"}) == "54.55"
     for change in (dict(limit=10000), dict(pool="token"), dict(missing=0.5), dict(model="vit-64-4-4"), dict(augment="none"), dict(views=1), dict(m0=0.2)):
         assert evaluation.paper_says({**vit, **change}) == "-"
+    table4 = {**vit, "model": "vit-192-6-6", "augment": "crop+randaug"}
+    for said, settings in (("80.58", {**table4, "missing": 0.5}), ("71.20", {**table4, "label_noise": 0.4}), ("-", {**table4, "missing": 0.5, "limit": 9}),
+                           ("76.63", {**vit, "augment": "crop+randaug", "pool": "token"}), ("65.33", {**vit, "algo": "ff", "head": True})):
+        assert evaluation.paper_says(settings) == said
 
 
 def test_fig5_numbers_stand_without_pictures(finished, capsys, monkeypatch):

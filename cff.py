@@ -65,8 +65,7 @@ def unit(h):
 
 def gammas(G):
     """FF Collab: for each layer the goodness of all other layers, detached. G (L, B) -> (L, B)."""
-    others = 1 - torch.eye(len(G), dtype=G.dtype, device=G.device)
-    return others @ G.detach()                                      # gamma_l = sum_{k != l} G_k
+    return (G.sum(dim=0) - G).detach()                              # gamma_l = sum_{k != l} G_k
 
 
 def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False):
@@ -79,8 +78,9 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
     x, y_wrong = augment(x), wrong_labels(y, len(model.labels) - 1, generator)      # x, y_wrong = augment(x), wrong(y)
     x1 = model.patches(x, y)                                        # x = patching(x)
     x2 = model.patches(x, y_wrong)                                  # x1, x2 = cat_label_patch(x, y, y_wrong)  (B, #P+1, D/#P)
-    # 0 in FF; in FF Collab the goodness of the other layers, from before this batch's updates
-    gamma1, gamma2 = (gammas(layer_goodness(model, x, labels)) if collab else [0] * len(model.layers) for labels in (y, y_wrong))
+    gamma1 = gamma2 = [0] * len(model.layers)
+    if collab:                                                      # the other layers' goodness, before this batch's updates
+        gamma1, gamma2 = gammas(layer_goodness(model, x, y)), gammas(layer_goodness(model, x, y_wrong))
     for l, layer in enumerate(model.layers):                        # for l in range(L):
         f1 = layer(x1)                                              # f1 = layers[l].forward(x1)     (B, #P+1, E)
         f2 = layer(x2)                                              # f2 = layers[l].forward(x2)     (B, #P+1, E)

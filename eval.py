@@ -492,7 +492,7 @@ def draw_runs(folders, path):
     """
     groups = read_groups(folders)
     varied, record = what_varies(groups), groups[0][0]
-    figure, axis = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8.5, 4.5), layout="constrained")
     if varied:
         draw_by_setting(axis, groups, varied)
     else:
@@ -503,7 +503,7 @@ def draw_runs(folders, path):
     fixed = [text for name, text in about.items() if name != varied and not (name == "limit" and varied == "missing")]
     axis.set_title(f"{', '.join(fixed)}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside right upper")
     save(figure, path)
 
 

@@ -25,7 +25,7 @@ from torch.nn.functional import softplus
 # ------------------------------------------------------------------------------------ goodness: FF and SymBa (Eqs. 1, 2, 7)
 
 def goodness(h):
-    """Goodness of one layer's pooled outputs h (B, E) -> (B,), Eq. 1 as a mean of squares, G = ||f||^2 / E.
+    """Goodness of one layer's pooled outputs h (B, E) -> (B,), Eq. 1 as a mean of squares, G = ||h||^2 / E.
 
     The mean, as in the authors' code, where Eq. 1 has the sum: so the threshold does not depend on the width E.
     """

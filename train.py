@@ -105,9 +105,8 @@ RECIPES = {
             "ff": dict(lr=0.2, weight_decay=0.0, epochs=40), "collab": dict(lr=0.2, weight_decay=0.0, epochs=40),
             "symba": dict(lr=0.1, weight_decay=0.0, epochs=40, alpha=4.0), "bp": dict(lr=0.0005), "scl": dict(lr=0.001)},
 }
-# Methods whose images carry a label, and how on an MLP (Fig. 2b, 2c); methods that train all layers together.
+# Methods whose images carry a label, and how on an MLP (Fig. 2b, 2c).
 LABELS = {"ff": "one-hot", "collab": "one-hot", "symba": "random"}
-END_TO_END = ("scl", "bp")
 TIED = {"scl": "gradients cross all layers", "bp": "gradients cross all layers",
         "collab": "each layer's loss needs the goodness of all others"}                 # what --pipeline cannot train
 METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
@@ -393,7 +392,7 @@ def rand_augment(images, generator, num_ops=3, magnitude=14):
     ]
     # a signed operation has two numbers, an unsigned one appears twice: each of the 14 is drawn as often as the others
     table = [lambda x, op=op, sign=sign: op(x, sign) for op in signed for sign in (-1, 1)] + unsigned
-    numbers = torch.tensor([*range(18), *range(18, 23), *range(18, 23)], device=images.device)
+    numbers = torch.tensor([*range(23), *range(18, 23)], device=images.device)
     images = images.clone()
     for _ in range(num_ops):
         drawn = numbers[torch.randint(28, (len(images),), device=images.device, generator=generator)]
@@ -466,13 +465,13 @@ def count_saturated(run, f, y):
 def batches(order, y, settings):
     """Cut rows `order` into batches, leaving out those in which no image has a positive: with one view, a small last one."""
     for rows in order.split(settings["batch_size"]):
-        if needs_no_pairs(settings) or len(y[rows].unique()) < len(rows):
+        if not needs_pairs(settings) or len(y[rows].unique()) < len(rows):
             yield rows
 
 
-def needs_no_pairs(settings):
-    """Whether a method's loss needs no two images of a class in a batch."""
-    return settings["views"] == 2 or settings["algo"] in LABELS or settings["algo"] == "bp"
+def needs_pairs(settings):
+    """Whether the loss needs two images of a class in a batch: a contrastive one of a single view."""
+    return settings["views"] == 1 and settings["algo"] in ("cff", "cffm", "scl")
 
 
 @torch.no_grad()
@@ -531,7 +530,7 @@ class Run:
         train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
         classes = int(train_y.max()) + 1
         parts = split(train_x, train_y, settings, classes)
-        if not needs_no_pairs(settings) and any(len(y.unique()) == len(y) for _, y in parts):
+        if needs_pairs(settings) and any(len(y.unique()) == len(y) for _, y in parts):
             raise ValueError("with --views 1, training and validation data need two images of a class")
         if settings["padding"] > train_x.shape[-1]:
             raise ValueError(f"--padding {settings['padding']} is more than the image's side, {train_x.shape[-1]}")
@@ -676,16 +675,15 @@ def train_layers(run, optimizers, updates):
         for x, y in updates:
             loss += len(y) * step(x, y)
             n += len(y)
+            pooled = [torch.cat(outputs) for outputs in seen]
             if run.model.labels is not None:                                            # what was seen knows the label
-                for outputs in seen:
-                    outputs.clear()
                 with torch.no_grad():
-                    encode_neutral(run.model, run.normalise(x))
-            f, labels = [normalize(torch.cat(outputs)) for outputs in seen], y.repeat(sum(map(len, seen[0])) // len(y))
-            share += count_saturated(run, f, labels)
-            probe.add(f[-1], labels)
+                    pooled = encode_neutral(run.model, run.normalise(x))
             for outputs in seen:
                 outputs.clear()
+            f, labels = [normalize(f_l) for f_l in pooled], y.repeat(len(pooled[0]) // len(y))
+            share += count_saturated(run, f, labels)
+            probe.add(f[-1], labels)
     return {"n": n, "loss": loss, "saturated": share, "probe": probe}
 
 
@@ -980,7 +978,7 @@ def show_start(run, stage):
     if stage == 1:
         print(f"{s['algo']} with {s['model']} on {s['dataset']}: {train_n} training, {val_n} validation, {test_n} test images, "
               f"seed {s['seed']}, {run.device}; run folder {run.folder}\n"
-              f"Stage 1: training loss of {'the last' if s['algo'] in END_TO_END else 'each'} layer | "
+              f"Stage 1: training loss of {'the last' if s['algo'] in ('scl', 'bp') else 'each'} layer | "
               + ("share of saturated pairs |R|/|P| in the first and the last layer | " if run.margins else "")
               + "validation loss of the last layer | validation accuracy of a linear probe on it"
               + (" (neutral label)" if s["algo"] in LABELS else ""))
@@ -1013,8 +1011,9 @@ def show_progress(run, stage, step, steps, epochs, seconds):
             print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with --model "
                   f"vit-64-4-4 --limit {min(10000, len(run.train[1]))} --recipe short --out runs/short")
     if sys.stdout.isatty():
+        minutes, seconds = divmod(round(left), 60)
         print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "
-              f"{left // 60:.0f}:{left % 60:02.0f} left in this stage ", end="", flush=True)
+              f"{minutes}:{seconds:02} left in this stage ", end="", flush=True)
 
 
 # the palette of Okabe and Ito: told apart in print and with any colour vision

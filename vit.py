@@ -2,6 +2,7 @@
 
     B  images in a batch        P  patches (tokens) of an image       E  embedding width
     H  heads, each d = E/H      L  layers                             C, p  channels, side of a patch
+                                                                      (H, W of an image: its height and width)
 
 A model is a list of local layers, each trained by its own loss; data flows through it as
 
@@ -161,8 +162,8 @@ class MLP(nn.Module):
         length = (D / num_classes) ** 0.5                   # an image is about sqrt(D) long: neither should drown the other
         self.register_buffer("labels", length * F.normalize(label_table(num_classes, size, self.one_hot)) if labels else None)
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(D, E), nn.ReLU()) for D, E in zip(widths, widths[1:]))
-        if labels:                      # inputs have length 1, not variance 1: weights as much larger keep the scale of the outputs
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(*sizes), nn.ReLU()) for sizes in zip(widths, widths[1:]))
+        if labels:                      # PyTorch's U(-1/sqrt(n), 1/sqrt(n)) expects n inputs of variance 1; these have length 1
             for layer in self.layers:
                 nn.init.uniform_(layer[0].weight, -1, 1)
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)

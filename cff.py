@@ -28,25 +28,21 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
     """Train every layer on one batch by Algorithm 1, left; returns the L losses, a tensor (L,).
 
     margins: a float for each layer; 0 everywhere is CFF (Eq. 3), `losses.margins` gives those of CFF+M (Eq. 15).
-    views=1 is the one-forward variant of Table 6: f = f1.
+    xs and fs hold the views, x1 and x2, f1 and f2; views=1 is the one-forward variant of Table 6, with x1 and f1 alone.
     Raises ValueError as `marginal_contrastive_loss`.
     """
     losses = []
-    two = views == 2
-    x1, x2 = augment(x), augment(x) if two else None                # x1, x2 = augment(x), augment(x)
-    x1 = model.patches(x1)                                          # x1 = patching(x1)              (B, #P, D/#P)
-    x2 = model.patches(x2) if two else None                         # x2 = patching(x2)              (B, #P, D/#P)
-    y = torch.cat([y, y]) if two else y
+    xs = [augment(x) for _ in range(views)]                         # x1, x2 = augment(x), augment(x)
+    xs = [model.patches(x) for x in xs]                             # x1, x2 = patching(x1), patching(x2)    (B, #P, D/#P) each
+    y = y.repeat(views)
     for l, layer in enumerate(model.layers):                        # for l in range(L):
-        f1 = layer(x1)                                              # f1 = layers[l].forward(x1)     (B, #P, E)
-        f2 = layer(x2) if two else None                             # f2 = layers[l].forward(x2)     (B, #P, E)
-        f = torch.cat([model.pool(f1), model.pool(f2)]) if two else model.pool(f1)      # f = cat(f1, f2), Eq. 13        (2B, E)
+        fs = [layer(x) for x in xs]                                 # f1 = layers[l].forward(x1), f2 = ...(x2)  (B, #P, E) each
+        f = torch.cat([model.pool(f) for f in fs])                  # f = cat(f1, f2), Eq. 13                (2B, E)
         loss = marginal_contrastive_loss(normalize(f), y, margins[l], temperature)      # loss = ContrastiveLoss(f / norm2(f), y)
         optimizers[l].zero_grad()
         loss.backward()                                             # loss.backward()
         optimizers[l].step()                                        # optimizers[l].step()
-        x1 = f1.detach()                                            # x1 = f1.detach()
-        x2 = f2.detach() if two else None                           # x2 = f2.detach()
+        xs = [f.detach() for f in fs]                               # x1, x2 = f1.detach(), f2.detach()
         losses.append(loss.detach())
     return torch.stack(losses)
 

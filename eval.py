@@ -317,8 +317,9 @@ def draw_tsne(axes, features, y, names):
         axis.set(xticks=[], yticks=[])
         if not few:
             axis.scatter(*place.T, c=y, cmap="turbo", s=5)
-        for c in y.unique().tolist() if few else []:
-            axis.scatter(*place[(y == c).numpy()].T, color=f"C{c}", marker="osD^vP*<>X"[c], s=11, lw=0, label=names[c] if names else c)
+        for number, c in enumerate(y.unique().tolist() if few else []):
+            look = {"color": f"C{number}", "marker": "osD^vP*<>X"[number], "label": names[c] if names else c}
+            axis.scatter(*place[(y == c).numpy()].T, s=11, lw=0, **look)
     axes[0].set_ylabel("t-SNE")
     if few:
         axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2, fontsize=9)
@@ -451,7 +452,7 @@ def series(groups, varied):
     for algo in NAMES:
         points = []
         for runs in (group for group in groups if group[0].settings["algo"] == algo):
-            accuracies = [run.result.get(part + run.result["metric"], run.result["val_top1"]) for run in runs]
+            accuracies = [run.result[part + run.result["metric"]] for run in runs]
             value = runs[0].images[0] if varied == "limit" else runs[0].settings[varied]
             points.append((value, statistics.mean(accuracies), statistics.stdev(accuracies) if len(runs) > 1 else 0))
         if points:
@@ -919,11 +920,12 @@ def main():
     parser = argparse.ArgumentParser("eval.py", usage="eval.py RUN [RUN ...] | --margins M0 ML L | --show-views | --speed; --help",
                                      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs: one to test it, several for a table")
-    parser.add_argument("--layers", action="store_true", help="Fig. 5 of each run, layer by layer")
-    parser.add_argument("--schedule", action="store_true", help="Fig. 8 of each run with --pipeline; schedule.png in its folder")
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument("--layers", action="store_true", help="Fig. 5 of each run, layer by layer; layers.png in its folder")
+    pictures.add_argument("--schedule", action="store_true", help="Fig. 8 of each run with --pipeline; schedule.png in its folder")
+    pictures.add_argument("--figure", metavar="FILE", help="draw the runs' accuracies; with --margins or --show-views: the picture's name")
     parser.add_argument("--data-dir", help="where the data sets are, if not where the run found them")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, also that of one run")
-    parser.add_argument("--figure", metavar="FILE", help="draw the runs' accuracies, or name the picture of the next two")
     parser.add_argument("--margins", nargs=3, metavar=("M0", "ML", "L"), help="Fig. 4a; margins.png")
     parser.add_argument("--show-views", action="store_true", help="augmented views of images; views.png")
     parser.add_argument("--dataset", choices=CHOICES["dataset"], help="for --show-views [shapes], and --speed [cifar10]")
@@ -937,8 +939,6 @@ def main():
     keep_memory()
     if bool(args.runs) + args.speed + bool(args.margins) + args.show_views != 1 or min(args.rounds, args.batches) < 1:
         parser.error("name the folders of runs, or say one of --margins, --show-views, --speed (with --rounds 1 or more)")
-    if (args.layers or args.schedule) and args.figure:
-        parser.error("--layers and --schedule write pictures into each run's folder; --figure is for tables")
     folders = [folder for name in args.runs for folder in sorted(glob.glob(name)) or [name]]       # some shells leave * to us
     try:
         if args.speed:

@@ -145,7 +145,9 @@ def parse(argv=None):
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, meaning) in SETTINGS.items():
-        own = [f"{dataset}: {changes[name]}" for dataset, changes in BY_DATASET.items() if name in changes]
+        own = [f"{dataset}: {value}" for dataset in BY_DATASET if name != "dataset"
+               and (value := defaults(dataset, DEFAULTS["algo"])[name]) != default]
+        own += [f"{algo}: {changes[name]}" for algo, changes in BY_ALGO.items() if name in changes]
         value = dict(action="store_true") if default is False else dict(type=type(default), choices=CHOICES.get(name),
                                                                         metavar=name.upper())
         parser.add_argument(flag(name), **value, help=f"{meaning} [{', '.join([str(default), *own])}]")
@@ -158,8 +160,7 @@ def parse(argv=None):
     resume = typed.pop("resume", False)
     recipe = typed.pop("recipe", "")
     dataset, algo = (typed.get(name, DEFAULTS[name]) for name in ("dataset", "algo"))
-    typed_or_meant = {**meant_by(recipe, algo), **typed}
-    settings = {**defaults(dataset, algo), **typed_or_meant}
+    settings = {**defaults(dataset, algo), **meant_by(recipe, algo), **typed}
     if not settings["out"]:
         model = "-".join(re.findall(r"\w+", settings["model"].lower()))
         others = [name.replace("_", "") + str(typed[name]).removesuffix("True") for name in SETTINGS if name in typed
@@ -182,8 +183,8 @@ def parse(argv=None):
         settings = {**DEFAULTS, **json.loads(config.read_text())["settings"], "out": str(config.parent),
                     "pipeline": settings["pipeline"]}
         settings["data_dir"] = typed.get("data_dir", settings["data_dir"])
-        for name, value in typed_or_meant.items():
-            if settings[name] != value:
+        for name, value in {**meant_by(recipe, settings["algo"]), **typed}.items():
+            if settings[name] != value and name != "out":           # runs/NAME/ is runs/NAME
                 parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}, not {value}; --resume keeps "
                              "its settings")
     if settings["pipeline"] and settings["algo"] in TIED:
@@ -530,8 +531,8 @@ class Run:
         train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
         classes = int(train_y.max()) + 1
         parts = split(train_x, train_y, settings, classes)
-        if needs_pairs(settings) and any(len(y.unique()) == len(y) for _, y in parts):
-            raise ValueError("with --views 1, training and validation data need two images of a class")
+        if any(next(batches(torch.arange(len(y)), y, settings), None) is None for _, y in parts):
+            raise ValueError("with --views 1, training and validation data need two images of a class in a batch")
         if settings["padding"] > train_x.shape[-1]:
             raise ValueError(f"--padding {settings['padding']} is more than the image's side, {train_x.shape[-1]}")
         self.train, self.val, self.test = (tuple(t.to(self.device) for t in part) for part in [*parts, (test_x, test_y)])
@@ -675,8 +676,9 @@ def train_layers(run, optimizers, updates):
         for x, y in updates:
             loss += len(y) * step(x, y)
             n += len(y)
-            pooled = [torch.cat(outputs) for outputs in seen]
-            if run.model.labels is not None:                                            # what was seen knows the label
+            if run.model.labels is None:
+                pooled = [torch.cat(outputs) for outputs in seen]
+            else:                                                                       # what was seen knows the label
                 with torch.no_grad():
                     pooled = encode_neutral(run.model, run.normalise(x))
             for outputs in seen:
@@ -721,12 +723,12 @@ def validation_step(run, x, y):
     """A training step's losses, (L,) or (1,), on validation data and without training; each layer's f for the probe."""
     settings, model, augment = run.settings, run.model, run.val_augment
     if model.labels is not None:
-        x = augment(x)
-        G = [layer_goodness(model, x, labels) for labels in (y, wrong_labels(y, run.classes, run.val_generator))]    # (L, B) each
+        x1 = augment(x)
+        G = [layer_goodness(model, x1, labels) for labels in (y, wrong_labels(y, run.classes, run.val_generator))]   # (L, B) each
         if settings["algo"] == "collab":
             G = [G_l + gammas(G_l) for G_l in G]
         return torch.stack([run.loss(g_pos, g_neg) for g_pos, g_neg in zip(*G)]), \
-            [normalize(f) for f in encode_neutral(model, x)]
+            [normalize(f) for f in encode_neutral(model, run.normalise(x))]             # as in `train_layers`
     views = 1 if settings["algo"] == "bp" else settings["views"]
     pooled = [torch.cat(outputs) for outputs in zip(*[encode(model, augment(x)) for _ in range(views)])]   # L x (2B, E)
     f, labels = [normalize(f_l) for f_l in pooled], y.repeat(views)
@@ -950,12 +952,13 @@ def piped_epoch(run, optimizers, updates):
 def collapse_value(n, settings, num_classes):
     """The loss of a layer that gives every image the same output, for n images in batches.
 
-    Contrastive losses: mean of ln(rows - 1). FF, SymBa, Collab: ln 2, as equal goodness for true and wrong labels. BP: ln C.
+    Contrastive losses: mean of ln(rows - 1). SymBa: ln 2. FF, Collab: ln 2 as well, the least that equal goodness for true and
+    wrong labels can have, at theta. BP: ln C.
     """
     if settings["algo"] in LABELS or settings["algo"] == "bp":
         return math.log(num_classes if settings["algo"] == "bp" else 2)
     sizes = [len(rows) for rows in torch.arange(n).split(settings["batch_size"])]
-    return sum(size * math.log(max(2, settings["views"] * size - 1)) for size in sizes) / n
+    return sum(size * math.log(max(1, settings["views"] * size - 1)) for size in sizes) / n
 
 
 def check_losses(run, row):
@@ -1006,7 +1009,7 @@ def show_progress(run, stage, step, steps, epochs, seconds):
     left = seconds / step * (steps * (epochs - run.state["epoch"]) - step)
     if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu":
         # an update of stage 2 is one forward pass, one of CFF a forward and a backward pass (twice the work) of each view
-        total = left + seconds / step * steps * settings["head_epochs"] / (3 * settings["views"])
+        total = left + two_stages(settings) * seconds / step * steps * settings["head_epochs"] / (3 * settings["views"])
         if total > 1800:
             print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with --model "
                   f"vit-64-4-4 --limit {min(10000, len(run.train[1]))} --recipe short --out runs/short")

@@ -2027,7 +2027,7 @@ def test_the_numbers_of_the_readmes_claims_are_accuracies_of_records_or_the_pape
     numbers = set(re.findall(r"\b\d+\.\d+\b", re.sub(r"^\|[^|]*\||Sec\. [\d.]+", "", claims, flags=re.M)))
     numbers = {number for number in numbers if float(number) > 0.9}                     # the smaller ones are settings
     assert numbers and numbers <= set(known), f"in no record and no table of the paper: {numbers - set(known)}"
-    for name, shown in re.findall(r"\| `(short15[^`]*)` \| ([^|]+) \|", readme):
+    for name, shown in re.findall(r"\| `(short15[^`.]*)` \| ([^|]+) \|", readme):
         value = json.loads((results / name / "result.json").read_text())["val_top1"]
         assert shown == f"{value:.1f}", f"{name} has {value} % on validation data"
 

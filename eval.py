@@ -394,14 +394,14 @@ def paper_says(settings):
 
 
 def show_table(folders, markdown=False):
-    """Print a row for each finished run; runs that differ in the seed alone share one. A table for each data set and kind of
-    model; equal columns are said once, above."""
+    """Print a row for each finished run; runs that differ in the seed alone share one. A table for each data set, --limit and
+    kind of model; equal columns are said once, above."""
     tables = {}
     for runs in read_groups(folders):
         names, all_settings, results, logs, images = zip(*runs)
         s, seeds = all_settings[0], [settings["seed"] for settings in all_settings]
         metric, kind = results[0]["metric"], s["model"].lower()[:3]
-        tables.setdefault((s["dataset"], kind), []).append({
+        tables.setdefault((s["dataset"], s["limit"], kind), []).append({
             "Run": names[0].removesuffix(f"-s{seeds[0]}") if len(runs) > 1 else names[0],
             "Method": NAMES[s["algo"]] + (" + head" if s["head"] else ""), "Model": s["model"], "Data": s["dataset"],
             "Images": images[0][0], "Augment": s["augment"], "Views": 1 if s["algo"] in LABELS or s["algo"] == "bp" else s["views"],

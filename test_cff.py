@@ -1877,14 +1877,15 @@ def test_a_table_of_runs_row_by_hand(finished, capsys):
     assert table[1]["Validation %"] == f"{json.loads((finished / 'ff' / 'result.json').read_text())['val_top1']:.1f}"
 
 
-def test_a_data_set_and_a_kind_of_model_have_their_own_table(finished, tmp_path, capsys):
-    (tmp_path / "mnist").mkdir()
-    for file in ("config.json", "log.csv", "result.json"):
-        text = (finished / "ff" / file).read_text()
-        (tmp_path / "mnist" / file).write_text(text.replace('"shapes"', '"mnist"').replace("vit-16-2-2", "mlp-500-3"))
-    evaluation.show_table([finished / "cff-s0", tmp_path / "mnist", finished / "ff"])
+def test_a_data_set_a_limit_and_a_kind_of_model_have_their_own_table(finished, tmp_path, capsys):
+    for name, old, new in (("mnist", '"shapes"', '"mnist"'), ("mlp", "vit-16-2-2", "mlp-500-3"), ("all", '"limit": 225', '"limit": 0')):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "log.csv", "result.json"):
+            (tmp_path / name / file).write_text((finished / "ff" / file).read_text().replace(old, new))
+    evaluation.show_table([finished / "cff-s0", *(tmp_path / name for name in ("mnist", "mlp", "all")), finished / "ff"])
     tables = capsys.readouterr().out.split("\n\nIn all rows: ")
-    assert [table.count("\n") for table in tables] == [4, 4] and "data mnist" in tables[1] and "cff-s0" in tables[0]
+    rows = [[line.split()[0] for line in table.strip().splitlines()[3:]] for table in tables]
+    assert rows == [["cff-s0", "ff"], ["mnist"], ["mlp"], ["all"]] and "data mnist" in tables[1]
 
 
 def test_a_table_says_what_the_paper_reports_at_full_scale():

@@ -468,6 +468,7 @@ def draw_by_setting(axis, groups, varied):
         look = {"color": COLOURS[number], "label": NAMES[algo]}
         if varied in ("m0", "mL", "decay") and algo == "cff":
             axis.axhline(means[0], ls="--", **look)
+            axis.axhspan(means[0] - deviations[0], means[0] + deviations[0], color=COLOURS[number], alpha=0.15)
         else:
             axis.errorbar(values, means, yerr=deviations, marker="osD^vPX"[number], capsize=3, **look)
     axis.set(xlabel=varied if varied != "limit" else "training images",
@@ -510,7 +511,7 @@ def draw_runs(folders, path):
 
 def draw_margins(m0, mL, L, path):
     """Fig. 4a: the margins of L layers from m0 down to mL, by each --decay."""
-    lines = {decay: margins(m0, mL, L, decay) for decay in CHOICES["decay"]}
+    lines = {decay: margins(m0, mL, L, decay) for decay in CHOICES["decay"] if m0 > 0 or decay != "exponential"}
     for decay, m in lines.items():
         print(f"{decay:12s}" + " ".join(f"{value:.3f}" for value in m))
     figure, axis = pyplot().subplots(figsize=(6, 4), layout="constrained")
@@ -939,6 +940,8 @@ def main():
     keep_memory()
     if bool(args.runs) + args.speed + bool(args.margins) + args.show_views != 1 or min(args.rounds, args.batches) < 1:
         parser.error("name the folders of runs, or say one of --margins, --show-views, --speed (with --rounds 1 or more)")
+    if args.runs and (args.dataset or args.json):
+        parser.error("--dataset and --json are for --speed, --dataset also for --show-views; a run has its own data")
     folders = [folder for name in args.runs for folder in sorted(glob.glob(name)) or [name]]       # some shells leave * to us
     try:
         if args.speed:

@@ -217,12 +217,12 @@ def test_eq4_the_goodness_of_image_and_label_vector_side_by_side():
     close(cff.layer_goodness(model, x, y)[0], (f.norm(dim=1) ** 2 / 5).detach(), "Eq. 4 / E", 1e-6)
 
 
-def test_eq5_and_eq6_goodness_as_similarity_to_a_label():
+def test_eq5_the_squared_length_of_a_sum_of_unit_vectors_is_2_plus_twice_eq6():
+    """Arithmetic of the derivation: why a similarity f_i . f_p can stand for a goodness, a squared length."""
     f, y = batch(0)
-    s = f @ f.T
-    for i in range(len(y)):                                         # Eq. 5 with an image of a class as its label is Eq. 6
+    for i in range(len(y)):
         P, N = sets(y, i)
-        close((f[i] + f[P[0]]).norm() ** 2, 2 + 2 * s[i, P[0]], "with ||f|| = 1, the squared length of a sum grows with Eq. 6")
+        close((f[i] + f[P[0]]).norm() ** 2, 2 + 2 * f[i] @ f[P[0]], "2 + 2 G of Eq. 6")
 
 
 def test_eq8_is_eq7_at_alpha_1():
@@ -244,9 +244,7 @@ def test_eq11_has_the_means_of_eq10_inside_and_is_not_the_mean_of_eq9():
     for i in range(len(y)):
         P, N = sets(y, i)
         a, b = mean_exp(f, i, P), mean_exp(f, i, N)
-        eq11 = -torch.log(sum(torch.exp(f[i] @ f[p]) for p in P) / len(P) / (
-            sum(torch.exp(f[i] @ f[p]) for p in P) / len(P) + sum(torch.exp(f[i] @ f[n]) for n in N) / len(N)))
-        close(-torch.log(a / (a + b)), eq11, "Eq. 11")
+        eq11 = -torch.log(a / (a + b))
         differences.append(sum(drawn_loss(f, i, p, n) for p in P for n in N) / len(P) / len(N) - eq11)
     assert max(map(abs, differences)) > 0.01, "the average of Eq. 9 over its draws is another number"
 
@@ -1304,12 +1302,13 @@ def test_methods_without_a_second_stage(tmp_path, algo, model):
 
 @pytest.mark.parametrize("algo", ["cff", "ff", "symba", "collab", "scl", "bp"])
 def test_validation_loss_is_the_training_loss_without_training(algo):
-    run = train.Run(settings_of("--model", "mlp-16-3", "--limit", 180, "--algo", algo, "--augment", "none", "--seed", 3))
+    run = train.Run(settings_of("--model", "mlp-16-3", "--limit", 180, "--algo", algo, "--augment", "none", "--seed", 3,
+                                "--views", 1, "--temperature", 0.5, "--threshold", 3, "--alpha", 2))
     x, y = run.train
     before = weights(run.model)
     run.val_generator.set_state(run.generator.get_state())          # the same wrong labels
     measured, f = train.validation_step(run, x, y)
-    assert same(before, weights(run.model)) and f[-1].shape[1] == 16
+    assert same(before, weights(run.model)) and f[-1].shape == (180, 16)
     trained = train.make_step(run, train.make_optimizers(run.model, run.settings))(x, y)
     close(measured.detach(), trained.reshape(-1), f"the losses of {algo}", 1e-6)
 
@@ -1583,6 +1582,61 @@ def test_a_run_trains_with_its_own_settings():
         assert draw == 0 or torch.equal(views, run.val_augment(images[:9]))
 
 
+def test_every_setting_reaches_what_it_names():
+    run_with = lambda *flags: train.Run(settings_of("--limit", 180, "--device", "cpu", "--model", "vit-16-2-3", *flags))
+    run = run_with("--m0", 0.9, "--mL", 0.3, "--decay", "parabolic", "--position-std", 0.5, "--padding", 2)
+    assert run.margins == losses.margins(0.9, 0.3, 3, "parabolic") != losses.margins(0.9, 0.3, 3)
+    assert run.model.layers[0][0].position.std().item() == pytest.approx(0.5, rel=0.2)
+    white, black = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8), run.normalise(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    for augment in (run.augment, run.val_augment):                  # validation's views are augmented as well
+        assert (augment(white) == black)[:, 0, :, 16].sum(dim=1).max() == 2, "up to 2 black rows"
+    assert torch.equal(run_with("--fill", "edge").augment(white), run.normalise(white))
+    g_pos, g_neg = goodness_pair()
+    for algo in ("ff", "collab"):
+        assert run_with("--algo", algo, "--threshold", 3).loss(g_pos, g_neg) == losses.ff_loss(g_pos, g_neg, 3.0)
+    assert run_with("--algo", "symba", "--alpha", 4).loss(g_pos, g_neg) == losses.symba_loss(g_pos, g_neg, 4.0)
+    assert train.collapse_value(90, run.settings | {"batch_size": 45}, 10) == pytest.approx(math.log(89)), "90 rows a batch"
+    assert {algo: train.collapse_value(90, {"algo": algo}, 10) for algo in ("ff", "symba", "collab", "bp")} == \
+        dict(ff=math.log(2), symba=math.log(2), collab=math.log(2), bp=math.log(10))
+
+
+@pytest.mark.parametrize("algo", train.CHOICES["algo"])
+def test_each_layer_has_an_optimizer_of_its_own_scl_and_bp_have_one_for_all(algo):
+    settings = settings_of("--model", "mlp-8-3", "--algo", algo, "--weight-decay", 0.3)
+    model = train.make_model(settings, {"image_shape": (1, 4, 4), "num_classes": 10})
+    trained = {"scl": [model.layers], "bp": [model]}.get(algo, model.layers)            # BP trains the head as well
+    for stage, modules in ((1, trained), (2, [model.head])):
+        optimizers = train.make_optimizers(model, settings, stage)
+        assert [[id(p) for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers] == \
+            [[id(p) for p in module.parameters()] for module in modules]
+        assert all(type(optimizer) is torch.optim.AdamW and optimizer.defaults["weight_decay"] == 0.3 for optimizer in optimizers)
+
+
+def test_every_epoch_has_all_images_in_a_new_order(monkeypatch):
+    run, seen = train.Run(settings_of(*SMALL)), []
+
+    def epoch(run, optimizers, updates):
+        seen.append(torch.cat([x.flatten(1).sum(dim=1) + 10 ** 6 * y for x, y in updates]))
+        return {"val_loss_1": 1.0, "probe": 0.0}, 1.0
+
+    monkeypatch.setattr(run, "save", lambda *arguments: None)
+    train.train_stage(run, 1, train.make_optimizers(run.model, run.settings), epoch, 2, 0.1)
+    x, y = run.train
+    stored = x.flatten(1).sum(dim=1) + 10 ** 6 * y                  # an image and its label as one number
+    for order in (*seen, stored):
+        assert torch.equal(order.sort().values, stored.sort().values)
+    assert not torch.equal(*seen) and not torch.equal(seen[0], stored)
+
+
+def test_ffs_probe_is_fitted_and_tested_without_augmentation(monkeypatch):
+    run, seen = train.Run(settings_of(*SMALL, "--algo", "ff")), []
+    monkeypatch.setattr(train, "encode_neutral", lambda model, x: (seen.append(x), cff.encode_neutral(model, x))[1])
+    x, y = run.train[0][:9], run.train[1][:9]
+    train.train_layers(run, train.make_optimizers(run.model, run.settings), [(x, y)])
+    train.validation_step(run, x, y)
+    assert [torch.equal(images, run.normalise(x)) for images in seen] == [True, True]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--model", "vit-16-3-2"], "heads do not divide"), (["--patch-size", "5"], "patches of 5 x 5 do not divide"),
     (["--model", "resnet"], "a model is named"), (["--limit", "100000"], "there are 9000 training images"),
@@ -1641,6 +1695,7 @@ def test_resume_refuses_another_setting(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.parse(["--resume", "--out", str(tmp_path / "run"), "--lr", "0.1"])
     assert "has --lr 0.004" in capsys.readouterr().err
+    assert train.parse(["--resume", "--out", str(tmp_path / "run"), "--device", "auto", "--data-dir", "x"])[0]["data_dir"] == "x"
     assert train.parse(["--resume", "--out", f"{tmp_path}/./run/"])[0]["out"] == str(tmp_path / "run"), "the same folder, as a shell writes it"
     before = (tmp_path / "run" / "log.csv").read_text()
     (tmp_path / "run" / "last.pt").unlink()                         # as the records in results/ are kept
@@ -1667,7 +1722,11 @@ def test_a_long_run_on_a_cpu_is_announced(tmp_path, capsys, monkeypatch):
     train.show_progress(run, 1, 3, 5, 600, 0.03)
     assert "hours" not in capsys.readouterr().out
     train.show_progress(run, 1, 3, 5, 600, 30.0)                    # 10 s an update, 3,000 updates
-    assert "about 8.3 hours" in capsys.readouterr().out
+    assert "about 8.3 hours" in (shown := capsys.readouterr().out)
+    assert "--model vit-64-4-4 --recipe short --limit 450 --epochs 30 --head-epochs 10 --out runs/short" in shown
+    run.settings["model"] = "MLP[16 2]"
+    train.show_progress(run, 1, 3, 5, 600, 30.0)
+    assert "the same command with --limit 450 --epochs 30" in capsys.readouterr().out, "an MLP stays one"
 
 
 def test_a_last_batch_without_positives_is_skipped():
@@ -1696,10 +1755,12 @@ def test_every_update_has_the_learning_rate_of_its_schedule(tmp_path, monkeypatc
 def test_top_k_and_each_data_sets_metric(monkeypatch):
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))              # guesses, the first first
     scores = torch.empty(20).index_copy(0, order, 20.0 - torch.arange(20))
-    monkeypatch.setattr(train, "predict", lambda model, images, *how: scores.repeat(len(images), 1))
+    asked = []
+    monkeypatch.setattr(train, "predict", lambda model, images, *how: (asked.append(how), scores.repeat(len(images), 1))[1])
     model = vit.build_model("mlp-4-1", (1, 4, 4), 10)
     y = order[torch.tensor([0, 0, 2, 4, 5, 9, 10, 19])]                                 # how many guesses come before the label
-    assert train.accuracy(model, torch.zeros(8, 1), y, lambda x: x, settings_of()) == {1: 25, 5: 50, 10: 75}
+    assert train.accuracy(model, torch.zeros(8, 1), y, lambda x: x, settings_of("--algo", "ff", "--skip-first")) == {1: 25, 5: 50, 10: 75}
+    assert asked == [("ff", False, True)], "by the run's method, head and skip_first"
     assert train.METRIC == {"shapes": "top1", "mnist": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
 
 
@@ -2016,18 +2077,21 @@ def test_the_readmes_numbers_are_the_records(capsys):
 
 def test_the_numbers_of_the_readmes_claims_are_accuracies_of_records_or_the_papers_or_speeds(capsys):
     readme, results = (HERE / "README.md").read_text(), HERE / "results"
-    known = [f"{value:.2f}" for by_method in evaluation.PAPER.values() for value in by_method.values()]
+    known, validated = [f"{value:.2f}" for by_method in evaluation.PAPER.values() for value in by_method.values()], []
     for runs in evaluation.read_groups([path.parent for path in results.glob("*/result.json")]):
-        accuracies = [run.result["test_" + run.result["metric"]] for run in runs]
-        known += [f"{value:.1f}" for value in (*accuracies, statistics.mean(accuracies))]
+        for part, shown in (("test_", known), ("val_", validated)):
+            accuracies = [run.result[part + run.result["metric"]] for run in runs]
+            shown += [f"{value:.1f}" for value in (*accuracies, statistics.mean(accuracies))]
     evaluation.show_speed(json.loads((results / "speed.json").read_text()))
     for path in results.glob("pipeline-vit*.json"):
         evaluation.show_pipeline_speed(json.loads(path.read_text()))
     known += re.findall(r"\d+\.\d+", capsys.readouterr().out)
     claims = readme.split("### What of the paper holds here")[1].split("\n### ")[0]
-    numbers = set(re.findall(r"\b\d+\.\d+\b", re.sub(r"^\|[^|]*\||Sec\. [\d.]+", "", claims, flags=re.M)))
-    numbers = {number for number in numbers if float(number) > 0.9}                     # the smaller ones are settings
-    assert numbers and numbers <= set(known), f"in no record and no table of the paper: {numbers - set(known)}"
+    claims = re.sub(r"^\|[^|]*\||Sec\. [\d.]+", "", claims, flags=re.M)
+    by_validation = "".join(re.findall(r"By validation accuracy.*?\. |By validation accuracy.*", claims))
+    for text, shown in ((claims.replace(by_validation, ""), known), (by_validation, validated)):
+        numbers = {number for number in re.findall(r"\b\d+\.\d+\b", text) if float(number) > 0.9}      # the smaller ones are settings
+        assert numbers and numbers <= set(shown), f"in no record and no table of the paper: {numbers - set(shown)}"
     for name, shown in re.findall(r"\| `(short15[^`.]*)` \| ([^|]+) \|", readme):
         value = json.loads((results / name / "result.json").read_text())["val_top1"]
         assert shown == f"{value:.1f}", f"{name} has {value} % on validation data"

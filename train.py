@@ -148,6 +148,7 @@ def parse(argv=None):
         own = [f"{dataset}: {value}" for dataset in BY_DATASET if name != "dataset"
                and (value := defaults(dataset, DEFAULTS["algo"])[name]) != default]
         own += [f"{algo}: {changes[name]}" for algo, changes in BY_ALGO.items() if name in changes]
+        own += [f"{algo} on shapes: {changes[name]}" for algo, changes in RECIPES["short"].items() if algo != "all" and name in changes]
         value = dict(action="store_true") if default is False else dict(type=type(default), choices=CHOICES.get(name),
                                                                         metavar=name.upper())
         parser.add_argument(flag(name), **value, help=f"{meaning} [{', '.join([str(default), *own])}]")
@@ -170,8 +171,6 @@ def parse(argv=None):
     for name, (lowest, highest) in LIMITS.items():
         if not lowest <= settings[name] <= highest:
             parser.error(f"{flag(name)} must lie in {lowest}..{highest}; got {settings[name]}")
-    if (settings["head"] or settings["skip_first"]) and settings["algo"] not in LABELS:
-        parser.error("--head and --skip-first are for ff, symba and collab")
     if settings["pipeline"] != ("WORLD_SIZE" in os.environ):
         parser.error("--pipeline goes with torchrun, and torchrun with --pipeline: torchrun --nproc-per-node 2 train.py --pipeline")
     config = Path(settings["out"]) / "config.json"
@@ -182,11 +181,13 @@ def parse(argv=None):
     if resume:
         settings = {**DEFAULTS, **json.loads(config.read_text())["settings"], "out": str(config.parent),
                     "pipeline": settings["pipeline"]}
-        settings["data_dir"] = typed.get("data_dir", settings["data_dir"])
+        settings |= {name: typed[name] for name in ("data_dir", "device") if name in typed}         # the machine may be another
         for name, value in {**meant_by(recipe, settings["algo"]), **typed}.items():
             if settings[name] != value and name != "out":           # runs/NAME/ is runs/NAME
                 parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}, not {value}; --resume keeps "
                              "its settings")
+    if (settings["head"] or settings["skip_first"]) and settings["algo"] not in LABELS:
+        parser.error("--head and --skip-first are for ff, symba and collab")
     if settings["pipeline"] and settings["algo"] in TIED:
         parser.error(f"--pipeline trains layers that need nothing of later ones; with {settings['algo']} {TIED[settings['algo']]}")
     return settings, resume
@@ -517,9 +518,11 @@ class Run:
         self.augment = make(settings["augment"], self.generator)
         self.val_augment = make(settings["augment"], self.val_generator)
         self.normalise = make("none", self.generator)
-        L = len(self.model.layers)
-        self.margins = {"cff": margins(0, 0, L), "cffm": margins(settings["m0"], settings["mL"], L, settings["decay"])
-                        }.get(settings["algo"])
+        L, self.margins = len(self.model.layers), None
+        if settings["algo"] == "cff":
+            self.margins = L * [0.0]
+        elif settings["algo"] == "cffm":
+            self.margins = margins(settings["m0"], settings["mL"], L, settings["decay"])
         self.loss = partial(symba_loss, alpha=settings["alpha"]) if settings["algo"] == "symba" else \
             partial(ff_loss, threshold=settings["threshold"])       # of ff, symba and collab
         self.part, self.later_states = None, []                     # of a pipeline
@@ -582,7 +585,7 @@ class Run:
         except Exception as reason:
             raise OSError(f"{path}, which --resume needs, cannot be read ({type(reason).__name__})")
         if checkpoint["device"] != self.device.type:
-            raise ValueError(f"this run's random state is of {checkpoint['device']}; it cannot go on on {self.device.type}")
+            raise ValueError(f"this run's random state is of {checkpoint['device']}: go on with --device {checkpoint['device']}")
         self.model.load_state_dict(checkpoint["model"])
         self.generator.set_state(checkpoint["generator"])
         self.state = {key: checkpoint[key] for key in self.state}
@@ -1011,8 +1014,9 @@ def show_progress(run, stage, step, steps, epochs, seconds):
         # an update of stage 2 is one forward pass, one of CFF a forward and a backward pass (twice the work) of each view
         total = left + two_stages(settings) * seconds / step * steps * settings["head_epochs"] / (3 * settings["views"])
         if total > 1800:
-            print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with --model "
-                  f"vit-64-4-4 --limit {min(10000, len(run.train[1]))} --recipe short --out runs/short")
+            smaller = "" if settings["model"].lower().startswith("mlp") else "--model vit-64-4-4 --recipe short "
+            print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with {smaller}"
+                  f"--limit {min(10000, len(run.train[1]))} --epochs 30 --head-epochs 10 --out runs/short")
     if sys.stdout.isatty():
         minutes, seconds = divmod(round(left), 60)
         print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "

@@ -11,7 +11,8 @@ A model is a list of local layers, each trained by its own loss; data flows thro
         h = layer(h)                       # (B, P, E)      model.pool(h), (B, E), is normalised for the loss, Eq. 13
     scores = model.head(model.pool(h))     # (B, classes)
 
-Models for FF, SymBa and Collab are built with `labels` and get the label with the image: model.patches(images, y).
+An MLP has one vector an image, (B, D), then (B, E), in the place of patches. Models for FF, SymBa and Collab are built with
+`labels` and get the label with the image: model.patches(images, y); how they go on is in `cff.encode` and `cff.features`.
 
     >>> model = build_model("ViT[128 4 5]", image_shape=(3, 32, 32), num_classes=10)
 """

@@ -28,7 +28,7 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
     """Train every layer on one batch by Algorithm 1, left; returns the L losses, a tensor (L,).
 
     margins: a float for each layer; 0 everywhere is CFF (Eq. 3), `losses.margins` gives those of CFF+M (Eq. 15).
-    xs and fs hold the views, x1 and x2, f1 and f2; views=1 is the one-forward variant of Table 6, with x1 and f1 alone.
+    views=1 is the one-forward variant of Table 6, with x1 and f1 alone.
     Raises ValueError as `marginal_contrastive_loss`.
     """
     losses = []

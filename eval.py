@@ -172,9 +172,9 @@ def epochs_to_convergence(settings, log):
 
 @torch.no_grad()
 def layer_features(run, images):
-    """Each layer's pooled, normalised output f for uint8 images (N, C, H, W): L tensors (N, E); FF's are of the neutral label."""
+    """Each layer's pooled output for uint8 images (N, C, H, W): L tensors (N, E); FF's are of the neutral label."""
     parts = [encode_neutral(run.model, run.normalise(part)) for part in images.split(500)]
-    return [normalize(torch.cat(layer)) for layer in zip(*parts)]
+    return [torch.cat(layer) for layer in zip(*parts)]
 
 
 def probe_layers(run, most=10000):
@@ -182,8 +182,8 @@ def probe_layers(run, most=10000):
     (images, y), (test_images, test_y), result = run.train, run.test, []
     for f, test_f in zip(layer_features(run, images[:most]), layer_features(run, test_images)):
         probe = Probe(run.classes)
-        probe.add(f, y[:most])
-        result.append(100 * probe.correct(test_f, test_y).item() / len(test_y))
+        probe.add(normalize(f), y[:most])
+        result.append(100 * probe.correct(normalize(test_f), test_y).item() / len(test_y))
     return result
 
 
@@ -216,7 +216,7 @@ def evaluate(folder, data_dir=None):
 # ------------------------------------------------------------------------------------------ layer by layer (Sec. 4.2, Fig. 5)
 
 def fisher_criterion(f, y, averaged=False):
-    """Tr(S_w^-1 S_b), Eqs. 19-22, of representations f (N, E) with labels y (N,): a float, larger for classes further apart.
+    """Tr(S_w^-1 S_b), Eqs. 19-22, of pooled outputs f (N, E) with labels y (N,): a float, larger for classes further apart.
 
     averaged: S_w as the mean over the C classes where Eq. 19 has the sum; the criterion is then C times as large. A singular
     S_w (a unit that is always off) is inverted on the rest of the space. With fewer than some 10 E rows it says little: few
@@ -235,9 +235,9 @@ def fisher_criterion(f, y, averaged=False):
 
 
 def three_images(f, y):
-    """Rows of an anchor, a positive and a negative, (3,): the first image that has both, and those of median cosine in f (N, E).
+    """Rows of an anchor, a positive and a negative, (3,): the first image that has both, and those of median cosine.
 
-    Raises ValueError if no image has both.
+    f: (N, E), normalised. Raises ValueError if no image has both.
     """
     same = y[:, None] == y
     anchors = ((same.sum(dim=1) > 1) & ~same.all(dim=1)).nonzero()[:, 0]
@@ -258,9 +258,9 @@ def show_layers(folder, data_dir=None):
     run, log = open_run(folder, data_dir), read_log(folder)
     images, y = run.val
     features, losses = layer_features(run, images), choosing_losses(run.settings, log)
-    best, three, rows = log[losses.index(min(losses))], three_images(features[0], y), []
+    best, three, rows = log[losses.index(min(losses))], three_images(normalize(features[0]), y), []
     for l, f in enumerate(features, start=1):
-        s = f[three] @ f[three[0]]
+        s = normalize(f[three]) @ normalize(f[three[0]], dim=0)
         rows.append({"Layer": l, "Fisher": fisher_criterion(f, y), "Fisher, averaged S_w": fisher_criterion(f, y, averaged=True),
                      **{name: best.get(f"{column}_{l}") for name, column in FIG5_COLUMNS.items()},
                      "Cosine to the positive": s[1].item(), "to the negative": s[2].item()})
@@ -328,12 +328,13 @@ def draw_tsne(axes, features, y, names):
 def draw_epochs(axes, log):
     """Row 3 of Fig. 5: training and validation loss by epoch (right), share of saturated pairs |R|/|P| in % (left)."""
     epochs, twins = [row["epoch"] for row in log], [axis.twinx() for axis in axes]
+    look = {"lw": 1.3, "marker": "." * (len(log) == 1)}             # of a single epoch there is no line to see
     for l, (left, right) in enumerate(zip(axes, twins), start=1):
         for axis, first, column, colour, scale in ((left, axes[0], "saturated", COLOURS[1], 100),
                                                    (right, twins[0], "loss", COLOURS[0], 1)):
             for part, style in (("train", "-"), ("val", "--")):
                 if f"{part}_{column}_{l}" in log[0]:
-                    axis.plot(epochs, [scale * row[f"{part}_{column}_{l}"] for row in log], style, color=colour, lw=1.3)
+                    axis.plot(epochs, [scale * row[f"{part}_{column}_{l}"] for row in log], style, color=colour, **look)
             axis.tick_params(axis="y", colors=colour)
             if l > 1:
                 axis.sharey(first)                                  # one scale for all layers, its numbers at one end
@@ -384,12 +385,11 @@ def print_table(rows, markdown=False):
 
 def paper_says(settings):
     """The paper's accuracy with the same data, model, augmentation, method and `PAPER`'s other settings, "-" where it has none."""
-    names = ["limit", "missing", "label_noise", "pool", "head", "m0", "mL", "decay"]
+    names = ["limit", "missing", "label_noise", "pool", "head", "m0", "mL", "decay", "skip_first"]
     if settings["algo"] in ("cff", "cffm") and settings["dataset"] != "mnist":          # without a crop two views are equal
         names.append("views")
-    model = "-".join(re.findall(r"\w+", settings["model"].lower()))
     others = [f"{name} {settings[name]}" for name in names if settings[name] != DEFAULTS[name]]
-    value = PAPER.get((settings["dataset"], model, settings["augment"], *others), {}).get(settings["algo"])
+    value = PAPER.get((settings["dataset"], settings["model"], settings["augment"], *others), {}).get(settings["algo"])
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -400,10 +400,10 @@ def show_table(folders, markdown=False):
     for runs in read_groups(folders):
         names, all_settings, results, logs, images = zip(*runs)
         s, seeds = all_settings[0], [settings["seed"] for settings in all_settings]
-        metric, kind = results[0]["metric"], s["model"].lower()[:3]
+        metric, kind = results[0]["metric"], s["model"][:3]
         tables.setdefault((s["dataset"], s["limit"], kind), []).append({
             "Run": names[0].removesuffix(f"-s{seeds[0]}") if len(runs) > 1 else names[0],
-            "Method": NAMES[s["algo"]] + (" + head" if s["head"] else ""), "Model": s["model"], "Data": s["dataset"],
+            "Method": NAMES[s["algo"]] + " + head" * s["head"] + " without layer 1" * s["skip_first"], "Model": s["model"], "Data": s["dataset"],
             "Images": images[0][0], "Augment": s["augment"], "Views": 1 if s["algo"] in LABELS or s["algo"] == "bp" else s["views"],
             "Pool": s["pool"] if kind == "vit" else "-", "Missing": s["missing"], "Wrong": s["label_noise"],
             "Epochs": f"{s['epochs']}" + (f" + {s['head_epochs']}" if two_stages(s) else ""),
@@ -441,13 +441,17 @@ def what_varies(groups):
     return varied.pop() if varied else ""
 
 
+def in_order(value):
+    """What values of a setting are sorted by: numbers as they are, names by the numbers in them, then by letters."""
+    return ([int(n) for n in re.findall(r"\d+", value)], value) if isinstance(value, str) else value
+
+
 def series(groups, varied):
     """{method: [(value of the varied setting, mean accuracy in %, standard deviation), ...]}, in the order of the values.
 
     Accuracy is that on validation data, as in Figs. 4b and 7; for Table 4's settings, which change those, on the test data.
     """
     part = "test_" if varied in ("missing", "label_noise") else "val_"
-    in_order = lambda point: [int(n) for n in re.findall(r"\d+", point[0])] if varied == "model" else point[0]
     lines = {}
     for algo in NAMES:
         points = []
@@ -456,17 +460,20 @@ def series(groups, varied):
             value = runs[0].images[0] if varied == "limit" else runs[0].settings[varied]
             points.append((value, statistics.mean(accuracies), statistics.stdev(accuracies) if len(runs) > 1 else 0))
         if points:
-            lines[algo] = sorted(points, key=in_order)
+            lines[algo] = sorted(points, key=lambda point: in_order(point[0]))
     return lines
 
 
 def draw_by_setting(axis, groups, varied):
-    """Accuracy against the setting that varies (Figs. 4b, 7, Table 4), a line a method; CFF, which has no margins, level."""
+    """Accuracy against the setting that varies (Figs. 4b, 7, Table 4), a line a method; what has no margins, level."""
     lines = series(groups, varied)
+    values = sorted({value for points in lines.values() for value, _, _ in points}, key=in_order)
+    if isinstance(values[0], str):
+        axis.xaxis.update_units(values)                             # places on the axis in this order, whichever method has them
     for number, (algo, points) in enumerate(lines.items()):
         values, means, deviations = zip(*points)
         look = {"color": COLOURS[number], "label": NAMES[algo]}
-        if varied in ("m0", "mL", "decay") and algo == "cff":
+        if varied in ("m0", "mL", "decay") and algo != "cffm":
             axis.axhline(means[0], ls="--", **look)
             axis.axhspan(means[0] - deviations[0], means[0] + deviations[0], color=COLOURS[number], alpha=0.15)
         else:

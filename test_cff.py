@@ -1727,6 +1727,7 @@ def test_a_run_is_named_by_what_is_typed():
     assert name("--dataset", "cifar10") == "runs/cifar10-cffm-vit-128-4-5-s0"
     assert name("--dataset", "cifar10", "--model", "ViT[64 4 4]", "--recipe", "short", "--limit", "9", "--seed", "2") == \
         "runs/cifar10-cffm-vit-64-4-4-short-limit9-s2"
+    assert train.parse(["--model", "ViT[64 4 4]"])[0]["model"] == "vit-64-4-4", "one model, one name: its runs share a row of a table"
     assert name("--views", "1", "--data-dir", "x", "--head-lr", "0.1") == "runs/shapes-cffm-vit-64-4-3-views1-headlr0.1-s0"
 
 
@@ -1764,7 +1765,7 @@ def test_a_long_run_on_a_cpu_is_announced(tmp_path, capsys, monkeypatch):
     train.show_progress(run, 1, 3, 5, 600, 30.0)                    # 10 s an update, 3,000 updates
     assert "about 8.3 hours" in (shown := capsys.readouterr().out)
     assert "--model vit-64-4-4 --recipe short --limit 450 --epochs 30 --head-epochs 10 --out runs/short" in shown
-    run.settings["model"] = "MLP[16 2]"
+    run.settings["model"] = "mlp-16-2"
     train.show_progress(run, 1, 3, 5, 600, 30.0)
     assert "the same command with --limit 450 --epochs 30" in capsys.readouterr().out, "an MLP stays one"
 
@@ -1946,10 +1947,10 @@ def test_accuracy_by_class_and_by_layer(finished, capsys):
     assert top[1] == json.loads((finished / "cff-s0" / "result.json").read_text())["test_top1"]
     images, y = run.train
     features = evaluation.layer_features(run, images)
-    expected = normalize(run.model.pool(run.model.layers[0](run.model.patches(run.normalise(images)))))
+    expected = run.model.pool(run.model.layers[0](run.model.patches(run.normalise(images))))
     assert torch.allclose(features[0], expected, atol=1e-5) and len(features) == 2
-    X = torch.cat([features[1], torch.ones(len(y), 1)], dim=1).double()
-    test = torch.cat([evaluation.layer_features(run, run.test[0])[1], torch.ones(2000, 1)], dim=1).double()
+    X = torch.cat([normalize(features[1]), torch.ones(len(y), 1)], dim=1).double()
+    test = torch.cat([normalize(evaluation.layer_features(run, run.test[0])[1]), torch.ones(2000, 1)], dim=1).double()
     ridge = 1e-6 * (X.T @ X).trace() * torch.eye(X.shape[1]).double()
     guess = (test @ torch.linalg.solve(X.T @ X + ridge, X.T @ one_hot(y, 10).double())).argmax(dim=1)
     assert evaluation.probe_layers(run)[1] == pytest.approx(100 * (guess == run.test[1]).double().mean().item(), abs=0.11)
@@ -1979,21 +1980,23 @@ def test_a_table_of_runs_row_by_hand(finished, capsys):
 
 
 def test_a_data_set_a_limit_and_a_kind_of_model_have_their_own_table(finished, tmp_path, capsys):
-    for name, old, new in (("mnist", '"shapes"', '"mnist"'), ("mlp", "vit-16-2-2", "mlp-500-3"), ("all", '"limit": 225', '"limit": 0')):
+    for name, old, new in (("mnist", '"shapes"', '"mnist"'), ("mlp", "vit-16-2-2", "mlp-500-3"), ("all", '"limit": 225', '"limit": 0'),
+                           ("skip", '"skip_first": false', '"skip_first": true')):
         (tmp_path / name).mkdir()
         for file in ("config.json", "log.csv", "result.json"):
             (tmp_path / name / file).write_text((finished / "ff" / file).read_text().replace(old, new))
-    evaluation.show_table([finished / "cff-s0", *(tmp_path / name for name in ("mnist", "mlp", "all")), finished / "ff"])
+    evaluation.show_table([finished / "cff-s0", *(tmp_path / name for name in ("mnist", "mlp", "all", "skip")), finished / "ff"])
     tables = capsys.readouterr().out.split("\n\nIn all rows: ")
     rows = [[line.split()[0] for line in table.strip().splitlines()[3:]] for table in tables]
-    assert rows == [["cff-s0", "ff"], ["mnist"], ["mlp"], ["all"]] and "data mnist" in tables[1]
+    assert rows == [["cff-s0", "skip", "ff"], ["mnist"], ["mlp"], ["all"]] and "data mnist" in tables[1]
+    assert tables[0].count("FF without layer 1 ") == 1
 
 
 def test_a_table_says_what_the_paper_reports_at_full_scale():
     mnist, vit = train.defaults("mnist", "ff"), train.defaults("cifar10", "cffm")
     assert evaluation.paper_says(mnist) == "97.12" and evaluation.paper_says(vit) == "80.42"
-    assert evaluation.paper_says({**vit, "model": "MLP[800 4]", "augment": "flip"}) == "54.55"
-    for change in (dict(limit=10000), dict(pool="token"), dict(missing=0.5), dict(model="vit-64-4-4"), dict(augment="none"), dict(views=1, m0=0.2), dict(m0=0.2)):
+    assert evaluation.paper_says({**vit, "model": "mlp-800-4", "augment": "flip"}) == "54.55"
+    for change in (dict(limit=10000), dict(pool="token"), dict(missing=0.5), dict(model="vit-64-4-4"), dict(augment="none"), dict(views=1, m0=0.2), dict(m0=0.2), dict(algo="ff", skip_first=True)):
         assert evaluation.paper_says({**vit, **change}) == "-"
     table4 = {**vit, "model": "vit-192-6-6", "augment": "crop+randaug"}
     for said, settings in (("80.58", {**table4, "missing": 0.5}), ("71.20", {**table4, "label_noise": 0.4}), ("-", {**table4, "missing": 0.5, "limit": 9}),
@@ -2009,7 +2012,8 @@ def test_fig5_numbers_stand_without_pictures(finished, capsys, monkeypatch):
     f = evaluation.layer_features(run, run.val[0])[1]
     assert rows[1]["Fisher"] == pytest.approx(evaluation.fisher_criterion(f, run.val[1]))
     assert rows[1]["Val loss"] == min(float(row["val_loss_2"]) for row in read_log(finished / "m2")[:2]), "of the epoch kept"
-    _, positive, negative = evaluation.three_images(evaluation.layer_features(run, run.val[0])[0], run.val[1])
+    f = normalize(f)
+    _, positive, negative = evaluation.three_images(normalize(evaluation.layer_features(run, run.val[0])[0]), run.val[1])
     assert rows[1]["Cosine to the positive"] == pytest.approx((f[0] @ f[positive]).item(), abs=1e-6)
     assert rows[1]["to the negative"] == pytest.approx((f[0] @ f[negative]).item(), abs=1e-6)
     assert run_eval(monkeypatch, "--margins", 0.4, 0.1, 3) == 2 and "linear      0.400 0.250 0.100" in capsys.readouterr().out
@@ -2044,12 +2048,25 @@ def test_fig4b_fig7_and_table_4_what_is_drawn_against_what():
     assert evaluation.series(by_margin, "m0") == {"cff": [(0.4, 69, 0)], "cffm": [(0.2, 70, 0), (0.6, 72, 0)]}
     by_margin[0] += records((dict(m0=0.6, seed=1), val(76)))[0]
     assert evaluation.series(by_margin, "m0")["cffm"][1] == (0.6, 74, pytest.approx(8 ** 0.5)), "two seeds, 72 and 76"
-    by_model = records(*[(dict(model=name), val(50)) for name in ("vit-128-4-5", "vit-64-4-4", "ViT[240 6 7]")])
-    assert [x for x, _, _ in evaluation.series(by_model, "model")["cffm"]] == ["vit-64-4-4", "vit-128-4-5", "ViT[240 6 7]"]
+    by_model = records(*[(dict(model=name), val(50)) for name in ("vit-128-4-5", "vit-64-4-4", "vit-240-6-7")])
+    assert [x for x, _, _ in evaluation.series(by_model, "model")["cffm"]] == ["vit-64-4-4", "vit-128-4-5", "vit-240-6-7"]
     noisy = records((dict(label_noise=0.2), val(60)), (dict(label_noise=0.0), val(80)))
     assert evaluation.series(noisy, "label_noise") == {"cffm": [(0.0, 70, 0), (0.2, 50, 0)]}, "the test accuracy"
     assert evaluation.series(records(({}, val(50)), (dict(limit=100), val(40))), "limit")["cffm"][0][0] == 900, "0 means all"
     assert evaluation.what_varies(records(({}, {}), (dict(algo="bp", lr=0.1), {}))) == "", "each method has its own rates"
+
+
+def test_fig7_models_stand_in_order_and_methods_without_margins_are_level():
+    pytest.importorskip("matplotlib")
+    accuracy = {"val_top1": 50}
+    axes = [evaluation.pyplot().subplots()[1] for _ in range(2)]
+    evaluation.draw_by_setting(axes[0], records((dict(algo="cff", model="vit-128-4-5"), accuracy),
+                                                *[(dict(model=name), accuracy) for name in ("vit-128-4-5", "vit-64-4-4")]), "model")
+    axes[0].figure.canvas.draw()
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["vit-64-4-4", "vit-128-4-5"]
+    evaluation.draw_by_setting(axes[1], records((dict(m0=0.2), accuracy), (dict(m0=0.6), accuracy), (dict(algo="bp"), accuracy)), "m0")
+    level, = [line for line in axes[1].lines if line.get_label() == "BP+CE"]
+    assert list(level.get_xdata()) == [0, 1], "from side to side"
 
 
 @pytest.mark.parametrize("one, other", [(dict(m0=0.2), dict(m0=0.4, temperature=1.0)), (dict(algo="bp"), dict(model="mlp-8-2", seed=3,

@@ -158,15 +158,16 @@ def parse(argv=None):
         for name, by_algo in RECIPES.items() for algo, changes in by_algo.items()))
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
     typed = vars(parser.parse_args(argv))
+    if "model" in typed:                                            # one spelling of each: "ViT[128 4 5]" is vit-128-4-5
+        typed["model"] = re.sub(r"\[(.+)\]$", r"-\1", typed["model"].lower()).replace(" ", "-")
     resume = typed.pop("resume", False)
     recipe = typed.pop("recipe", "")
     dataset, algo = (typed.get(name, DEFAULTS[name]) for name in ("dataset", "algo"))
     settings = {**defaults(dataset, algo), **meant_by(recipe, algo), **typed}
     if not settings["out"]:
-        model = "-".join(re.findall(r"\w+", settings["model"].lower()))
         others = [name.replace("_", "") + str(typed[name]).removesuffix("True") for name in SETTINGS if name in typed
                   and name not in ("dataset", "algo", "model", "seed", "data_dir", "device", "pipeline", "out")]
-        settings["out"] = "runs/" + "-".join(filter(None, [settings["dataset"], settings["algo"], model, recipe, *others,
+        settings["out"] = "runs/" + "-".join(filter(None, [settings["dataset"], settings["algo"], settings["model"], recipe, *others,
                                                            f"s{settings['seed']}"]))
     for name, (lowest, highest) in LIMITS.items():
         if not lowest <= settings[name] <= highest:
@@ -1014,7 +1015,7 @@ def show_progress(run, stage, step, steps, epochs, seconds):
         # an update of stage 2 is one forward pass, one of CFF a forward and a backward pass (twice the work) of each view
         total = left + two_stages(settings) * seconds / step * steps * settings["head_epochs"] / (3 * settings["views"])
         if total > 1800:
-            smaller = "" if settings["model"].lower().startswith("mlp") else "--model vit-64-4-4 --recipe short "
+            smaller = "" if settings["model"].startswith("mlp") else "--model vit-64-4-4 --recipe short "
             print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with {smaller}"
                   f"--limit {min(10000, len(run.train[1]))} --epochs 30 --head-epochs 10 --out runs/short")
     if sys.stdout.isatty():
@@ -1042,15 +1043,15 @@ def draw_curves(run):
     """curves.png in the run's folder: losses and the probe's accuracy by epoch of stage 1."""
     plt, log = pyplot(), [row for row in run.state["log"] if row["stage"] == 1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    epochs = [row["epoch"] for row in log]
+    epochs, dot = [row["epoch"] for row in log], "." * (len(log) == 1)          # of a single epoch there is no line to see
     names = [column.removeprefix("train_loss_") for column in log[0] if column.startswith("train_loss")]
     for number, l in enumerate(names):
-        look = {"color": COLOURS[number % len(COLOURS)], "alpha": 1 / (1 + number // len(COLOURS))}
+        look = {"color": COLOURS[number % len(COLOURS)], "alpha": 1 / (1 + number // len(COLOURS)), "marker": dot}
         left.plot(epochs, [row[f"train_loss_{l}"] for row in log], label=f"layer {l}", **look)
         left.plot(epochs, [row[f"val_loss_{l}"] for row in log], "--", **look)
     left.set(xlabel="epoch", ylabel="loss (solid: training, dashed: validation)")
     left.legend(fontsize=8)
-    right.plot(epochs, [row["probe"] for row in log], color="black")
+    right.plot(epochs, [row["probe"] for row in log], color="black", marker=dot)
     right.set(xlabel="epoch", ylabel="validation accuracy of the probe, %")
     right.grid(alpha=0.3)
     for axis in (left, right):

@@ -159,7 +159,7 @@ def parse(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
     typed = vars(parser.parse_args(argv))
     if "model" in typed:                                            # one spelling of each: "ViT[128 4 5]" is vit-128-4-5
-        typed["model"] = re.sub(r"\[(.+)\]$", r"-\1", typed["model"].lower()).replace(" ", "-")
+        typed["model"] = re.sub(r"\[(.+)\]$", lambda sizes: "-" + sizes[1].replace(" ", "-"), typed["model"].lower())
     resume = typed.pop("resume", False)
     recipe = typed.pop("recipe", "")
     dataset, algo = (typed.get(name, DEFAULTS[name]) for name in ("dataset", "algo"))

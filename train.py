@@ -1,249 +1,308 @@
-"""Train a network by Contrastive Forward-Forward or a method it is compared with: data, the two stages, runs on disk.
+"""Train a network by Contrastive Forward-Forward or a method it is compared with (Section 4).
 
-    python train.py                                             ten drawn shapes, nothing to download
-    python train.py --dataset cifar10 --algo cffm               the paper's ViT[128 4 5], its authors' 600 + 50 epochs
+    python train.py                                  ten drawn shapes, nothing to download
+    python train.py --dataset cifar10 --algo cffm    the paper's ViT[128 4 5], 600 + 50 epochs
     python train.py --dataset cifar10 --algo cffm --model vit-64-4-4 --limit 10000 --recipe short
-    python train.py --dataset mnist --algo ff --recipe mlp      Forward-Forward; also symba, collab, cff, scl, bp
-    python train.py --resume --out runs/NAME                    go on where a run stopped
+    python train.py --dataset mnist --algo ff --recipe mlp       also symba, collab, cff, scl, bp
+    python train.py --resume --out runs/NAME         go on where a run stopped
 
-A run is a folder: config.json (every setting), log.csv (a row an epoch), last.pt (what --resume needs), best.pt (the
-weights) and result.json (test accuracy). `python eval.py runs/NAME` reads it.
+A run is a folder: config.json (every setting), log.csv (a row an epoch), last.pt (what --resume
+needs), best.pt (the weights), result.json (test accuracy). `python eval.py runs/NAME` reads it.
 """
 import argparse
-import csv
-import ctypes
-import io
 import json
 import math
-import os
 import platform
-import re
+import shlex
 import sys
 import time
-import zipfile
-from contextlib import contextmanager
-from copy import copy
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torchvision
-from torch.nn.functional import cross_entropy, normalize, one_hot, pad
-from torchvision.datasets.folder import default_loader
+from torch.nn.functional import normalize, one_hot, pad
 from torchvision.transforms.v2 import functional as ops
 
-from cff import (Segment, bp_step, cff_step, collab_step, encode, encode_neutral, features, ff_step, gammas, head_step,
-                 layer_goodness, predict, scl_step, wrong_labels)
-from losses import contrastive_loss, ff_loss, marginal_contrastive_loss, margins, saturated, symba_loss
-from vit import build_model
+from cff import (bp_step, cff_step, collab_step, encode, ff_step, head_step, predict, scl_step,
+                 wrong_labels)
+from losses import ff_loss, margins, saturated, symba_loss
+from vit import build_model, plain_name
 
-# -------------------------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------------------------- settings
 
-# flag: (default, meaning). Defaults are the paper's or, where it is silent, those of its authors' code.
+SOME, MORE = (0, math.inf), (1, math.inf)
+# name: (default, what it may be, meaning); a list holds the choices, a pair the least and the most.
+# Defaults are the paper's or, where it is silent, those of its authors' code.
 SETTINGS = {
-    "dataset": ("shapes", "shapes, mnist, cifar10, cifar100 or tinyimagenet"),
-    "data_dir": ("data", "folder of the data sets; what is missing there is downloaded"),
-    "limit": (0, "number of training images to use, and a ninth of it for validation; 0 is all"),
-    "missing": (0.0, "fraction of training and validation images to leave out (Table 4)"),
-    "label_noise": (0.0, "fraction of training and validation labels to make wrong (Table 4)"),
-    "augment": ("crop", "none, flip, crop (and flip) or crop+randaug (Table 3); MNIST is never flipped"),
-    "padding": (4, "pixels put around an image before its crop"),
-    "fill": ("zeros", "what these pixels are: zeros, or edge, those of the image's edge again"),
-    "algo": ("cffm", "cff (contrastive loss, Eq. 3), cffm (with margins, Eq. 15), ff, symba, collab, scl or bp"),
-    "model": ("vit-128-4-5", '"ViT[E H L]" or "MLP[E L]", also written vit-E-H-L, mlp-E-L'),
-    "patch_size": (4, "side of a patch in pixels"),
-    "pool": ("mean", "what a layer's loss sees: mean over patches (Eq. 13) or class token (Table 5)"),
-    "position_std": (1.0, "standard deviation of the position embedding at the start"),
-    "views": (2, "augmented views of a batch; 1 is the one-forward variant (Table 6)"),
-    "epochs": (600, "epochs of stage 1, the encoder"),
-    "head_epochs": (50, "epochs of stage 2, the linear head"),
-    "batch_size": (512, "images in a batch, B"),
-    "lr": (0.004, "learning rate of stage 1"),
-    "head_lr": (0.0005, "learning rate of stage 2"),
-    "weight_decay": (0.01, "weight decay of AdamW"),
-    "warmup": (0, "updates in which the learning rate of stage 1 rises to --lr"),
-    "schedule": ("constant", "learning rate of both stages: constant, or cosine, down to 0 at the stage's end"),
-    "temperature": (0.15, "tau of Eqs. 3 and 15"),
-    "m0": (0.4, "margin of the first layer (Sec. 4.1)"),
-    "mL": (0.1, "margin of the last layer"),
-    "decay": ("linear", "margins between them: linear, parabolic, cosine or exponential"),
-    "threshold": (2.0, "theta of Eq. 2 (ff, collab)"),
-    "alpha": (1.0, "alpha of Eq. 7 (symba)"),
-    "head": (False, "ff, symba, collab: train a head in stage 2 and predict with it, in one pass (Table 2)"),
-    "skip_first": (False, "ff, symba, collab: predict without the first layer's goodness"),
-    "seed": (0, "of the validation split, the weights and every draw"),
-    "device": ("auto", "cpu, cuda, or auto: cuda if there is one"),
-    "pipeline": (False, "train the layers in several processes at once, started by torchrun (Sec. 5.1)"),
-    "out": ("", "folder of the run; if not given, runs/ and a name made of what is typed"),
+    "dataset": ("shapes", ["shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"], "the data"),
+    "algo": ("cffm", ["cff", "cffm", "ff", "symba", "collab", "scl", "bp"], "the method"),
+    "model": ("vit-128-4-5", None, '"ViT[E H L]" or "MLP[E L]", also written vit-E-H-L, mlp-E-L'),
+    "recipe": ("none", ["none", "short", "mlp"], "settings for short runs, or for MLPs"),
+    "data_dir": ("data", None, "folder of the data sets; what is missing there is downloaded"),
+    "limit": (0, SOME, "training images to use, and a ninth of it for validation; 0 is all"),
+    "missing": (0.0, (0, 0.999), "fraction of training and validation images left out (Table 4)"),
+    "label_noise": (0.0, (0, 1), "fraction of training and validation labels made wrong (Table 4)"),
+    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "of views; crop flips, too"),
+    "padding": (4, SOME, "pixels put around an image before its crop"),
+    "fill": ("zeros", ["zeros", "edge"], "what these pixels are: zeros, or the image's edge again"),
+    "patch_size": (4, MORE, "side of a patch in pixels"),
+    "pool": ("mean", ["mean", "token"], "what a loss sees: mean (Eq. 13) or class token (Table 5)"),
+    "position_std": (1.0, SOME, "standard deviation of the position embedding at the start"),
+    "views": (2, [1, 2], "augmented views of a batch; 1 is one-forward (Table 6)"),
+    "epochs": (600, MORE, "epochs of stage 1, the encoder"),
+    "head_epochs": (50, MORE, "epochs of stage 2, the linear head"),
+    "batch_size": (512, (2, math.inf), "images in a batch, B"),
+    "lr": (0.004, SOME, "learning rate of stage 1"),
+    "head_lr": (0.0005, SOME, "learning rate of stage 2"),
+    "weight_decay": (0.01, SOME, "weight decay of AdamW"),
+    "warmup": (0, SOME, "updates in which the learning rate of stage 1 rises to --lr"),
+    "schedule": ("constant", ["constant", "cosine"], "learning rate after that; cosine falls to 0"),
+    "temperature": (0.15, (1e-6, math.inf), "tau of Eqs. 3 and 15"),
+    "m0": (0.4, (0, 2), "margin of the first layer (Sec. 4.1)"),
+    "mL": (0.1, (0, 2), "margin of the last layer"),
+    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "margins between them"),
+    "threshold": (2.0, SOME, "theta of Eq. 2 (ff, collab)"),
+    "alpha": (1.0, (1e-6, math.inf), "alpha of Eq. 7 (symba)"),
+    "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
+    "seed": (0, None, "of the validation split, the weights and every draw"),
+    "device": ("auto", ["auto", "cpu", "cuda"], "auto: cuda if there is one"),
+    "out": ("", None, "folder of the run; if not given, runs/ and a name made of the settings"),
 }
-DEFAULTS = {name: default for name, (default, _) in SETTINGS.items()}
-CHOICES = {
-    "dataset": ("shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"),
-    "algo": ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"), "augment": ("none", "flip", "crop", "crop+randaug"),
-    "pool": ("mean", "token"), "views": (1, 2), "fill": ("zeros", "edge"),
-    "schedule": ("constant", "cosine"), "device": ("auto", "cpu", "cuda"),
-    "decay": ("linear", "parabolic", "cosine", "exponential"),
-}
-# What differs from SETTINGS by method, by data set and by --recipe, in this order; what is typed comes last.
+DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
+# What differs by method, by data set and by --recipe, in this order; what is typed comes last.
 BY_ALGO = {"bp": dict(lr=0.0005)}
 BY_DATASET = {
-    "shapes": dict(model="vit-64-4-3", patch_size=8, head_epochs=4),                    # and --recipe short
+    "shapes": dict(model="vit-64-4-3", patch_size=8, head_epochs=4),            # and --recipe short
     "mnist": dict(model="mlp-500-3", augment="none"),
     "cifar10": dict(padding=12),
     "cifar100": dict(model="vit-192-6-6"),
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
-# Recipes, settings found here (README, "Short runs" and "MLPs"): for all methods, then what one of them has instead.
-RECIPES = {
-    "short": {"all": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, position_std=0.02, padding=4, warmup=80,
-                          schedule="cosine", head_lr=0.005),
-              "bp": dict(lr=0.002)},
-    "mlp": {"all": dict(epochs=30, head_epochs=10, head_lr=0.005, batch_size=128, warmup=100, schedule="cosine", lr=0.002,
-                        temperature=0.07),
-            "ff": dict(lr=0.2, weight_decay=0.0, epochs=40), "collab": dict(lr=0.2, weight_decay=0.0, epochs=40),
-            "symba": dict(lr=0.1, weight_decay=0.0, epochs=40, alpha=4.0), "bp": dict(lr=0.0005), "scl": dict(lr=0.001)},
+FF_ON_MLP = dict(lr=0.2, weight_decay=0.0, epochs=40)
+RECIPES = {         # found here (experiments/README.md); with a method's name what it has instead
+    "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, padding=4,
+                  position_std=0.02, warmup=80, schedule="cosine", head_lr=0.005),
+    "short bp": dict(lr=0.002),
+    "mlp": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.07, lr=0.002,
+                warmup=100, schedule="cosine", head_lr=0.005),
+    "mlp ff": FF_ON_MLP, "mlp collab": FF_ON_MLP, "mlp symba": dict(FF_ON_MLP, lr=0.1, alpha=4.0),
+    "mlp bp": dict(lr=0.0005), "mlp scl": dict(lr=0.001),
 }
-# Methods whose images carry a label, and how on an MLP (Fig. 2b, 2c).
-LABELS = {"ff": "one-hot", "collab": "one-hot", "symba": "random"}
-TIED = {"scl": "gradients cross all layers", "bp": "gradients cross all layers",
-        "collab": "each layer's loss needs the goodness of all others"}                 # what --pipeline cannot train
-METRIC = {"mnist": "top1", "shapes": "top1", "cifar10": "top1", "cifar100": "top5", "tinyimagenet": "top10"}
-# Ranges that catch typing errors; vit.py and losses.py check the rest.
-LIMITS = {
-    "limit": (0, math.inf), "missing": (0, 0.999), "label_noise": (0, 1), "padding": (0, math.inf), "epochs": (1, math.inf),
-    "head_epochs": (1, math.inf), "batch_size": (2, math.inf), "lr": (0, math.inf), "head_lr": (0, math.inf),
-    "weight_decay": (0, math.inf), "warmup": (0, math.inf), "m0": (0, 2), "mL": (0, 2), "temperature": (1e-6, math.inf),
-    "alpha": (1e-6, math.inf), "threshold": (0, math.inf),
-}
+METRIC = {"cifar100": "top5", "tinyimagenet": "top10"}      # of the others top1 (Section 4)
+WITH_LABELS = ("ff", "symba", "collab")                     # methods whose images carry a label
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+# ---------------------------------------------------------------------------------------- training
+
+def train(run):
+    """Stage 1, the encoder, and stage 2, the head, from where `run` stands; then the test."""
+    s, state = run.settings, run.state
+    while state["stage"] <= stages(s):
+        step = make_step(s, run.model, run.optimizers, run.augment, run.generator, state["stage"])
+        for epoch in range(state["epoch"], s["epochs" if state["stage"] == 1 else "head_epochs"]):
+            start, total, n = time.time(), 0, 0
+            for x, y in batches(run):
+                losses = step(x, y)                     # (L,); SCL's, BP's and the head's a scalar
+                total += len(y) * losses
+                n += len(y)
+            end_epoch(run, total / n, validate(run), start)
+        run.end_stage()
+    return run.test_model()
 
 
-def meant_by(recipe, algo):
-    """The settings that a recipe stands for with a method; none for no recipe."""
-    return {**RECIPES.get(recipe, {}).get("all", {}), **RECIPES.get(recipe, {}).get(algo, {})}
+def stages(s):
+    """2 where a head is trained on the frozen encoder; FF needs none, and BP has trained it."""
+    return 2 if s["algo"] in ("cff", "cffm", "scl") or s["algo"] in WITH_LABELS and s["head"] else 1
 
 
-def defaults(dataset, algo):
-    """The settings of a method on a data set before any recipe, and before anything is typed."""
-    short = meant_by("short" if dataset == "shapes" else "", algo)
-    return {**DEFAULTS, **BY_ALGO.get(algo, {}), **short, **BY_DATASET[dataset], "dataset": dataset, "algo": algo}
+def make_step(s, model, optimizers, augment, generator, stage=1):
+    """step(x, y): trains on one batch by the settings s; returns the losses, (L,) or a scalar."""
+    ff = partial(ff_step, model, optimizers, augment=augment, generator=generator)
+    of_views = dict(augment=augment, temperature=s["temperature"], views=s["views"])
+    cff = partial(cff_step, model, optimizers, margins=layer_margins(s, model), **of_views)
+    steps = {
+        "cff": cff, "cffm": cff,
+        "ff": partial(ff, loss=partial(ff_loss, threshold=s["threshold"])),
+        "symba": partial(ff, loss=partial(symba_loss, alpha=s["alpha"])),
+        "collab": partial(collab_step, model, optimizers, augment=augment,
+                          threshold=s["threshold"], generator=generator),
+        "scl": partial(scl_step, model, optimizers[0], **of_views),
+        "bp": partial(bp_step, model, optimizers[0], augment=augment),
+        "head": partial(head_step, model, optimizers[0], augment=augment),
+    }
+    return steps[s["algo"] if stage == 1 else "head"]
 
 
-def two_stages(settings):
-    """Whether a run has a stage 2; without one, FF, SymBa and Collab need no head and BP has trained it."""
-    return settings["head"] or settings["algo"] in ("cff", "cffm", "scl")
+def layer_margins(s, model):
+    """The margin of each layer, 0 but with cffm."""
+    L = len(model.layers)
+    return margins(s["m0"], s["mL"], L, s["decay"]) if s["algo"] == "cffm" else L * [0.0]
 
 
-def parse(argv=None):
-    """The settings of a command line: (dict, whether to resume). A line that makes no sense ends with exit status 2."""
-    parser = argparse.ArgumentParser("train.py", usage="train.py [--FLAG VALUE ...]; --help lists the flags", description=__doc__,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (default, meaning) in SETTINGS.items():
-        own = [f"{dataset}: {value}" for dataset in BY_DATASET if name != "dataset"
-               and (value := defaults(dataset, DEFAULTS["algo"])[name]) != default]
-        own += [f"{algo}: {changes[name]}" for algo, changes in BY_ALGO.items() if name in changes]
-        own += [f"{algo} on shapes: {changes[name]}" for algo, changes in RECIPES["short"].items() if algo != "all" and name in changes]
-        value = dict(action="store_true") if default is False else dict(type=type(default), choices=CHOICES.get(name),
-                                                                        metavar=name.upper())
-        parser.add_argument(flag(name), **value, help=f"{meaning} [{', '.join([str(default), *own])}]")
-    spell = lambda changes: " ".join(f"{flag(name)} {value}" for name, value in changes.items())
-    parser.add_argument("--recipe", choices=RECIPES, help="settings for short runs (those of shapes) or for MLPs: " + "; ".join(
-        f"{name}{'' if algo == 'all' else f' with {algo}'}: {spell(changes)}"
-        for name, by_algo in RECIPES.items() for algo, changes in by_algo.items()))
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own settings")
-    typed = vars(parser.parse_args(argv))
-    if "model" in typed:                                            # one spelling of each: "ViT[128 4 5]" is vit-128-4-5
-        typed["model"] = re.sub(r"\[(.+)\]$", lambda sizes: "-" + sizes[1].replace(" ", "-"), typed["model"].lower())
-    resume = typed.pop("resume", False)
-    recipe = typed.pop("recipe", "")
-    dataset, algo = (typed.get(name, DEFAULTS[name]) for name in ("dataset", "algo"))
-    settings = {**defaults(dataset, algo), **meant_by(recipe, algo), **typed}
-    if not settings["out"]:
-        others = [name.replace("_", "") + str(typed[name]).removesuffix("True") for name in SETTINGS if name in typed
-                  and name not in ("dataset", "algo", "model", "seed", "data_dir", "device", "pipeline", "out")]
-        settings["out"] = "runs/" + "-".join(filter(None, [settings["dataset"], settings["algo"], settings["model"], recipe, *others,
-                                                           f"s{settings['seed']}"]))
-    for name, (lowest, highest) in LIMITS.items():
-        if not lowest <= settings[name] <= highest:
-            parser.error(f"{flag(name)} must lie in {lowest}..{highest}; got {settings[name]}")
-    if settings["pipeline"] != ("WORLD_SIZE" in os.environ):
-        parser.error("--pipeline goes with torchrun, and torchrun with --pipeline: torchrun --nproc-per-node 2 train.py --pipeline")
-    config = Path(settings["out"]) / "config.json"
-    if config.exists() and not resume:
-        parser.error(f"{config.parent} holds a run already: go on with it (--resume), or name another folder (--out)")
-    if resume and not config.exists():
-        parser.error(f"there is no run in {config.parent} to resume")
-    if resume:
-        settings = {**DEFAULTS, **json.loads(config.read_text())["settings"], "out": str(config.parent),
-                    "pipeline": settings["pipeline"]}
-        settings |= {name: typed[name] for name in ("data_dir", "device") if name in typed}         # the machine may be another
-        for name, value in {**meant_by(recipe, settings["algo"]), **typed}.items():
-            if settings[name] != value and name != "out":           # runs/NAME/ is runs/NAME
-                parser.error(f"the run in {config.parent} has {flag(name)} {settings[name]}, not {value}; --resume keeps "
-                             "its settings")
-    if (settings["head"] or settings["skip_first"]) and settings["algo"] not in LABELS:
-        parser.error("--head and --skip-first are for ff, symba and collab")
-    if settings["pipeline"] and settings["algo"] in TIED:
-        parser.error(f"--pipeline trains layers that need nothing of later ones; with {settings['algo']} {TIED[settings['algo']]}")
-    return settings, resume
+def make_optimizers(model, s, stage=1):
+    """An AdamW for each layer; SCL and BP have one for all they train, stage 2 one for the head."""
+    modules = {"scl": [model.layers], "bp": [model]}.get(s["algo"], model.layers)
+    return [torch.optim.AdamW(module.parameters(), weight_decay=s["weight_decay"], fused=True)
+            for module in ([model.head] if stage == 2 else modules)]
 
 
-# ------------------------------------------------------------------------------------------------------------- data sets
+def batches(run):
+    """The training batches (x, y) of the next epoch, the learning rate set for each."""
+    (images, y), planned = run.train, plan(run)
+    for i, (rate, rows) in enumerate(planned, start=1):
+        set_rate(run.optimizers, rate)
+        yield images[rows], y[rows]
+        if sys.stdout.isatty():
+            print(f"\rbatch {i} of {len(planned)} ", end="", flush=True)
+
+
+def plan(run):
+    """The updates of the next epoch, in a new random order: (learning rate, rows) of each batch."""
+    s, y, stage, updates = run.settings, run.train[1], run.state["stage"], []
+    of_head, warmup = ("", s["warmup"]) if stage == 1 else ("head_", 0)
+    epochs, base = s[of_head + "epochs"], s[of_head + "lr"]
+    order = torch.randperm(len(y), device=run.device, generator=run.generator)
+    steps = math.ceil(len(y) / s["batch_size"])
+    for i, rows in enumerate(cut(order, y, s, stage)):
+        step = run.state["epoch"] * steps + i
+        rate = base * min(1, (step + 1) / (warmup + 1))
+        if s["schedule"] == "cosine":
+            rate *= (1 + math.cos(math.pi * step / (epochs * steps))) / 2
+        updates.append((rate, rows))
+    return updates
+
+
+def set_rate(optimizers, rate):
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = rate
+
+
+def cut(order, y, s, stage=1):
+    """Rows `order` in batches; a contrastive loss of one view leaves out those without a pair."""
+    parts = order.split(s["batch_size"])
+    if stage == 1 and s["views"] == 1 and s["algo"] in ("cff", "cffm", "scl"):
+        parts = [rows for rows in parts if len(y[rows].unique()) < len(rows)]
+    if not parts:
+        raise ValueError("--views 1 needs two images of a class in a batch: a larger --batch-size")
+    return parts
+
+
+def validate(run):
+    """The mean losses on validation data, (L,) or a scalar, with the same draws every epoch."""
+    s, stage, (images, y), total = run.settings, run.state["stage"], run.val, 0
+    run.val_generator.manual_seed(s["seed"])
+    # steps that move no weight: their backward pass is wasted, but so no loss is written twice
+    frozen = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+    step = make_step(s, run.model, len(run.model.layers) * [frozen], run.val_augment,
+                     run.val_generator, stage)
+    parts = cut(torch.arange(len(y), device=y.device), y, s, stage)
+    for rows in parts:
+        total += len(rows) * step(images[rows], y[rows])
+    return total / sum(map(len, parts))
+
+
+def end_epoch(run, train_loss, val_loss, start):
+    """Write the epoch's row of the log, keep the weights if they are the best so far, and save."""
+    state, L = run.state, len(run.model.layers)
+    train, val = train_loss.reshape(-1).tolist(), val_loss.reshape(-1).tolist()
+    layers = range(L + 1 - len(val), L + 1) if state["stage"] == 1 else ["head"]
+    state["epoch"] += 1
+    row = {"stage": state["stage"], "epoch": state["epoch"]}
+    for name, losses in (("train_loss", train), ("val_loss", val)):
+        row |= {f"{name}_{l}": round(loss, 6) for l, loss in zip(layers, losses)}
+    text = f"{row['epoch']:4d} " + "".join(f" {loss:6.3f}" for loss in train) + f" | {val[-1]:6.3f}"
+    if state["stage"] == 1:
+        row |= measure(run)
+        text += f" | {row['probe']:5.1f} %"
+    row["seconds"] = round(time.time() - start, 2)
+    print("\r" * sys.stdout.isatty() + f"{text}  {row['seconds']:6.1f} s", flush=True)
+    if not all(map(math.isfinite, train + val)):
+        raise SystemExit("train.py: a loss is not a number; try a smaller --lr, with another --out")
+    # the epoch is chosen by the last layer's loss; FF's by the sum over the layers but the first
+    of_all = run.settings["algo"] in WITH_LABELS and len(val) > 1
+    chosen_by = sum(val[1:]) if of_all else val[-1]
+    best = chosen_by < state["best"]
+    if best:
+        state |= {"best": chosen_by, "best_epoch": state["epoch"]}
+    state["log"].append(row)
+    run.save(best)
+
+
+@torch.no_grad()
+def measure(run, most=3000):
+    """Columns of the log, by one plain pass over up to `most` training and validation images:
+    validation accuracy of a linear probe in %; with margins each layer's |R|/|P| (Fig. 5)."""
+    m, row, seen = layer_margins(run.settings, run.model), {}, []
+    for part, (images, y) in (("train", run.train), ("val", run.val)):
+        f, y = [normalize(f_l) for f_l in layer_features(run, images[:most])], y[:most]
+        seen += [f[-1], y]
+        if any(m):
+            P = max(1, (y[:, None] == y).sum().item() - len(y))
+            row |= {f"{part}_saturated_{l}": round(saturated(f_l, y, m_l).sum().item() / P, 6)
+                    for l, (f_l, m_l) in enumerate(zip(f, m), start=1)}
+    return row | {"probe": round(probe(*seen, run.model.num_classes), 2)}
+
+
+@torch.no_grad()
+def layer_features(run, images):
+    """Each layer's pooled output for uint8 images, not augmented: L tensors (n, E)."""
+    parts = [encode(run.model, run.normalise(part)) for part in images.split(500)]
+    return [torch.cat(layer) for layer in zip(*parts)]
+
+
+def probe(f, y, test_f, test_y, num_classes):
+    """Accuracy in % on test_f of a linear classifier fitted to f (n, E), y (n,), least squares."""
+    X, test_X = (pad(f, (0, 1), value=1).double() for f in (f, test_f))         # (n, E + 1)
+    ridge = 1e-6 * X.square().sum() * torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
+    W = torch.linalg.solve(X.T @ X + ridge, X.T @ one_hot(y, num_classes).double())
+    return 100 * ((test_X @ W).argmax(dim=1) == test_y).double().mean().item()
+
+
+def accuracy(model, images, y, normalise, s):
+    """Top-1, top-5 and top-10 accuracy in % on uint8 images: {1: ..., 5: ..., 10: ...}."""
+    scores = [predict(model, normalise(x), s["algo"], s["head"]) for x in images.split(500)]
+    right = torch.cat(scores).topk(10).indices == y[:, None]                # (n, 10), best first
+    return {k: round(100 * right[:, :k].any(dim=1).double().mean().item(), 2) for k in (1, 5, 10)}
+
+
+# ---------------------------------------------------------------------------------------- the data
 
 def load_data(dataset, folder):
-    """(train images, train labels, test images, test labels): uint8 (N, C, H, W) and int64 (N,), as shipped.
-
-    Missing files are downloaded into `folder` and checked. Raises OSError, in one line that says where to put which
-    file, if that fails.
-    """
+    """(train images, train labels, test images, test labels): uint8 (n, C, H, W) and int64 (n,).
+    Missing files are downloaded into `folder`. Raises OSError, in one line, if that fails."""
     if dataset == "shapes":
         return *draw_shapes(10000, seed=1), *draw_shapes(2000, seed=2)
-    place = {"mnist": "the four files train-images-idx3-ubyte.gz, ... into {}/MNIST/raw",
-             "cifar10": "cifar-10-python.tar.gz into {}", "cifar100": "cifar-100-python.tar.gz into {}",
-             "tinyimagenet": "tiny-imagenet-200.zip into {}"}[dataset].format(folder)
     try:
         if dataset == "tinyimagenet":
             return load_tiny_imagenet(Path(folder))
-        kind = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10,
-                "cifar100": torchvision.datasets.CIFAR100}[dataset]
-        parts = []
-        for part in (kind(folder, train=True, download=True), kind(folder, train=False, download=True)):
-            images = torch.as_tensor(part.data)                                         # (N, H, W) or (N, H, W, 3)
-            parts.append(images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous())
-            parts.append(torch.as_tensor(part.targets))
-        return parts
-    except Exception as reason:         # no network, a torn file, another layout: all mean that the data are not there
-        reason = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-        raise OSError(f"{dataset} could not be loaded ({reason}): put {place} and remove what is broken there, or use "
-                      "--dataset shapes, which needs no files")
+        kind, data = getattr(torchvision.datasets, dataset.upper()), []
+        for part in (kind(folder, train=True, download=True), kind(folder, train=False)):
+            images = torch.as_tensor(part.data)                 # (n, H, W) or (n, H, W, 3)
+            images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+            data += [images.contiguous(), torch.as_tensor(part.targets)]
+        return data
+    except Exception as reason:         # no network, a torn file, another layout: no data there
+        reason = (str(reason) or type(reason).__name__).splitlines()[0]
+        raise OSError(f"{dataset} could not be loaded from {folder} ({reason}); README.md, Data, "
+                      "says what to put there; --dataset shapes needs no files")
 
 
 def load_tiny_imagenet(folder):
-    """Tiny ImageNet as `load_data`; its 10,000 labelled validation images are the test set, as its own has no labels."""
-    root = folder / "tiny-imagenet-200"
+    """Tiny ImageNet as `load_data`; its labelled validation images are the test set."""
+    root, data = folder / "tiny-imagenet-200", []
     if not root.exists():
-        torchvision.datasets.utils.download_url("http://cs231n.stanford.edu/tiny-imagenet-200.zip", folder,
-                                                md5="90528d7ca1a48142e341f4ef8d21d0de")
-        with zipfile.ZipFile(folder / "tiny-imagenet-200.zip") as archive:
-            archive.extractall(folder / "unpacking")        # names with .. or a leading / stay inside that folder
-        (folder / "unpacking" / "tiny-imagenet-200").rename(root)       # whole, or not there
-    classes = sorted((root / "wnids.txt").read_text().split())
-    train = [(path, label) for label, name in enumerate(classes)
-             for path in sorted((root / "train" / name / "images").glob("*.JPEG"))]
-    val = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
-    test = [(root / "val" / "images" / file, classes.index(name)) for file, name in val]
-    data = []
-    for part in (train, test):
-        if {label for _, label in part} != set(range(len(classes))):
-            raise ValueError(f"some of the {len(classes)} classes have no images in {root}")
-        data.append(torch.stack([ops.pil_to_tensor(default_loader(path)) for path, _ in part]))     # RGB, the grey ones too
-        data.append(torch.tensor([label for _, label in part]))
+        url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+        torchvision.datasets.utils.download_and_extract_archive(
+            url, folder, md5="90528d7ca1a48142e341f4ef8d21d0de")
+    training = torchvision.datasets.ImageFolder(root / "train")
+    lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+    test = [(root / "val" / "images" / file, training.class_to_idx[name])
+            for file, name in (line.split("\t")[:2] for line in lines)]
+    for files in (training.samples, test):
+        images = [ops.pil_to_tensor(training.loader(path)) for path, _ in files]        # RGB
+        data += [torch.stack(images), torch.tensor([label for _, label in files])]
     return data
 
 
@@ -252,15 +311,14 @@ def bar(x, y, width, height):
     return torch.maximum(x.abs() - width, y.abs() - height)
 
 
-# class: signed distance to its outline, negative inside, in units of the object's radius
-SHAPES = {
+SHAPES = {          # class: signed distance to its outline, negative inside, in units of its radius
     "disc": lambda x, y: torch.hypot(x, y) - 0.85,
     "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.2,
     "square": lambda x, y: bar(x, y, 0.72, 0.72),
     "triangle": lambda x, y: torch.maximum(0.866 * x.abs() + 0.5 * y, -y) - 0.45,
     "plus": lambda x, y: torch.minimum(bar(x, y, 0.25, 0.95), bar(x, y, 0.95, 0.25)),
-    "star": lambda x, y: 0.6 * (torch.hypot(x, y) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(y, x))),
-    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.75 - torch.hypot(x - 0.45, y)),
+    "star": lambda x, y: 0.6 * (torch.hypot(x, y) - 0.62 - 0.33 * (5 * torch.atan2(y, x)).cos()),
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.75 - (x - 0.45).hypot(y)),
     "half": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, -0.2 - y),
     "tee": lambda x, y: torch.minimum(bar(x, y - 0.55, 0.85, 0.25), bar(x, y, 0.25, 0.8)),
     "bars": lambda x, y: bar(x, y.abs() - 0.5, 0.85, 0.2),
@@ -268,826 +326,325 @@ SHAPES = {
 
 
 def draw_shapes(n, seed):
-    """n drawn images uint8 (n, 3, 32, 32) and their labels (n,), 0..9 in the order of SHAPES; the same for the same seed.
-
-    Place, size, turn, colours, stripes and clutter are drawn for each image, so that only the outline tells the class.
-    """
+    """n drawn images uint8 (n, 3, 32, 32) and labels (n,), 0..9 in the order of SHAPES."""
     generator = torch.Generator().manual_seed(seed)
-    images = [_draw_some(min(1000, n - start), generator) for start in range(0, n, 1000)]
+    images = [draw_some(min(1000, n - start), generator) for start in range(0, n, 1000)]
     return torch.cat(images), torch.arange(n) % len(SHAPES)
 
 
-def _draw_some(n, generator):
-    """n images of `draw_shapes`, the classes in turn; distances and places as in SHAPES."""
+def draw_some(n, generator):
+    """n images of `draw_shapes`, the classes in turn; all but the outline is random."""
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
 
-    def rand(low, high, *channels):                 # a random number for each image, or for each of its channels
+    def rand(low, high, *channels):         # a number for each image, or for each of its channels
         return low + (high - low) * torch.rand(n, *channels, 1, 1, generator=generator)
 
-    def place(low, high, reach=1):                  # the pixels in the coordinates of an object of random place, turn, size
+    def place(low, high, reach=1):          # pixels in coordinates of an object of random place
         radius, turn = rand(low, high), rand(0, 2 * math.pi)
         room = reach * (15.5 - 0.8 * radius)
-        x, y = (columns - 15.5 - room * rand(-1, 1)) / radius, (rows - 15.5 - room * rand(-1, 1)) / radius
+        x = (columns - 15.5 - room * rand(-1, 1)) / radius
+        y = (rows - 15.5 - room * rand(-1, 1)) / radius
         return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
 
-    def cover(distance, radius):                    # signed distance to an outline -> the share of a pixel inside it
+    def cover(distance, radius):            # signed distance to an outline -> share of a pixel
         return (0.5 - distance * radius).clamp(0, 1)[:, None]
 
-    def paint(colour):                              # a colour with stripes
+    def paint(colour):                      # a colour with stripes
         x, _, _ = place(1, 1)
         return colour + (x * rand(0.2, 1.2)).sin()[:, None] * rand(-0.12, 0.12, 3)
 
     back = rand(0, 0.5, 3)
     image = paint(back)
-    for _ in range(2):                              # clutter under the shape
+    for _ in range(2):                      # clutter under the shape
         x, y, radius = place(1.5, 4)
-        image = image.lerp(rand(0, 1, 3).expand_as(image), cover(bar(x, y, 1, rand(0.2, 1)), radius))
+        clutter = rand(0, 1, 3).expand_as(image)
+        image = image.lerp(clutter, cover(bar(x, y, 1, rand(0.2, 1)), radius))
     x, y, radius = place(8, 13, reach=0.5)
     distance = torch.empty_like(x)
     for label, outline in enumerate(SHAPES.values()):
         distance[label::10] = outline(x[label::10], y[label::10])
-    colour = back + rand(0.3, 0.7, 3)               # brighter than the background in every channel
+    colour = back + rand(0.3, 0.7, 3)       # brighter than the background in every channel
     image = image.lerp(paint(colour), cover(distance, radius))
     image = image + 0.03 * torch.randn(n, 3, 32, 32, generator=generator)
     return (image.clamp(0, 1) * 255).to(torch.uint8)
 
 
-def split(images, labels, settings, num_classes):
-    """Training and validation data, ((images, labels), (images, labels)): 90 % and 10 % at random by the seed.
-
-    --limit and --missing leave images out, --label-noise gives an exact fraction of labels a wrong class, uniformly.
-    """
-    g = torch.Generator().manual_seed(settings["seed"])
-    order = torch.randperm(len(labels), generator=g)
-    rows = [order[len(order) // 10:], order[:len(order) // 10]]
-    if settings["limit"] > len(rows[0]):
-        raise ValueError(f"--limit {settings['limit']}: there are {len(rows[0])} training images")
-    if settings["limit"]:
-        rows = [rows[0][:settings["limit"]], rows[1][:max(1, settings["limit"] // 9)]]
-    parts = []
-    for part in rows:
-        part = part[:max(1, round(len(part) * (1 - settings["missing"])))]
+def split(images, labels, s, num_classes):
+    """[(images, labels), (images, labels)]: 90 % training, 10 % validation, at random by the seed;
+    then --limit, --missing and --label-noise act. Raises ValueError for too large a --limit."""
+    g = torch.Generator().manual_seed(s["seed"])
+    order, parts = torch.randperm(len(labels), generator=g), []
+    val, train = order[:len(order) // 10], order[len(order) // 10:]
+    limit = s["limit"] or len(train)
+    if limit > len(train):
+        raise ValueError(f"--limit {limit}: there are {len(train)} training images")
+    for part in (train[:limit], val[:max(1, limit // 9)]):
+        part = part[:max(1, round(len(part) * (1 - s["missing"])))]
         y = labels[part]
-        wrong = torch.randperm(len(y), generator=g)[:round(len(y) * settings["label_noise"])]
+        wrong = torch.randperm(len(y), generator=g)[:round(len(y) * s["label_noise"])]
         y[wrong] = wrong_labels(y[wrong], num_classes, g)
         parts.append((images[part], y))
     return parts
 
 
 def mean_and_std(images):
-    """Mean and standard deviation of each channel of uint8 images (N, C, H, W), as lists of C floats in 0..1."""
+    """Mean and standard deviation of each channel of uint8 images, as lists of floats in 0..1."""
     values = torch.arange(256, dtype=torch.float64) / 255
-    share = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
-    share = share / share.sum(dim=1, keepdim=True)                                      # (C, 256)
+    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    share = torch.stack(counts).double() / counts[0].sum()                              # (C, 256)
     mean = share @ values
     return mean.tolist(), (share @ values ** 2 - mean ** 2).sqrt().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------- augmentation
-
-def random_flip(images, generator):
-    """Mirror each image (B, C, H, W) with probability 1/2."""
-    flip = torch.rand(len(images), device=images.device, generator=generator) < 0.5
-    return torch.where(flip[:, None, None, None], images.flip(3), images)
-
-
-def random_crop(images, padding, generator, fill="zeros"):
-    """A random window of each image (B, C, H, W), of the same size, after padding with zeros or its edge on all sides."""
-    B, C, H, W = images.shape
-    if fill == "zeros":
-        padded = pad(images, [padding] * 4)
-    else:                                                               # pad's "replicate" takes no uint8
-        at = lambda side: torch.arange(-padding, side + padding, device=images.device).clamp(0, side - 1)
-        padded = images[:, :, at(H)][:, :, :, at(W)]
-    windows = padded.unfold(2, H, 1).unfold(3, W, 1)                    # (B, C, 2p+1, 2p+1, H, W), a view
-    rows, columns = torch.randint(2 * padding + 1, (2, B), device=images.device, generator=generator)
-    return windows[torch.arange(B, device=images.device), :, rows, columns]
-
+# ------------------------------------------------------------------------------------ augmentation
 
 def rand_augment(images, generator, num_ops=3, magnitude=14):
-    """RandAugment [45]: num_ops of torchvision's 14 operations for each image, uint8 (B, C, H, W) -> the same.
-
-    magnitude runs from 0 to 30. An operation is applied at once to all images that drew it with the same sign.
-    """
+    """RandAugment [45]: num_ops of torchvision's 14 operations for each image (B, C, H, W), uint8;
+    magnitude 0..30. An operation works at once on all images that drew it with the same sign."""
     t, (H, W) = magnitude / 30, images.shape[-2:]
     shear, dx, dy = math.degrees(math.atan(0.3 * t)), int(150 / 331 * W * t), int(150 / 331 * H * t)
-
-    def affine(x, translate=(0, 0), shear=(0.0, 0.0), center=None):
-        return ops.affine(x, 0.0, list(translate), 1.0, list(shear), center=center)
-
-    signed = [                                                          # the sign of the magnitude is drawn as well
-        lambda x, sign: affine(x, shear=(sign * shear, 0.0), center=[0, 0]),
-        lambda x, sign: affine(x, shear=(0.0, sign * shear), center=[0, 0]),
-        lambda x, sign: affine(x, translate=(sign * dx, 0)),
-        lambda x, sign: affine(x, translate=(0, sign * dy)),
+    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    signed = [                                              # the magnitude's sign is drawn as well
+        lambda x, sign: ops.affine(x, **still | {"shear": [sign * shear, 0.0], "center": [0, 0]}),
+        lambda x, sign: ops.affine(x, **still | {"shear": [0.0, sign * shear], "center": [0, 0]}),
+        lambda x, sign: ops.affine(x, **still | {"translate": [sign * dx, 0]}),
+        lambda x, sign: ops.affine(x, **still | {"translate": [0, sign * dy]}),
         lambda x, sign: ops.rotate(x, sign * 30 * t),
         lambda x, sign: ops.adjust_brightness(x, 1 + sign * 0.9 * t),
         lambda x, sign: ops.adjust_saturation(x, 1 + sign * 0.9 * t),
         lambda x, sign: ops.adjust_contrast(x, 1 + sign * 0.9 * t),
         lambda x, sign: ops.adjust_sharpness(x, 1 + sign * 0.9 * t),
     ]
-    unsigned = [
-        lambda x: x,
-        lambda x: ops.posterize(x, 8 - round(4 * t)),
-        lambda x: ops.solarize(x, 255 * (1 - t)),
-        ops.autocontrast,
-        ops.equalize,
-    ]
-    # a signed operation has two numbers, an unsigned one appears twice: each of the 14 is drawn as often as the others
-    table = [lambda x, op=op, sign=sign: op(x, sign) for op in signed for sign in (-1, 1)] + unsigned
+    unsigned = [torch.clone, lambda x: ops.posterize(x, 8 - round(4 * t)),
+                lambda x: ops.solarize(x, 255 * (1 - t)), ops.autocontrast, ops.equalize]
+    table = [partial(op, sign=sign) for op in signed for sign in (-1, 1)] + unsigned
+    # an unsigned operation's number appears twice: each of the 14 is drawn as often as the others
     numbers = torch.tensor([*range(23), *range(18, 23)], device=images.device)
     images = images.clone()
     for _ in range(num_ops):
-        drawn = numbers[torch.randint(28, (len(images),), device=images.device, generator=generator)]
+        drawn = torch.randint(28, (len(images),), device=images.device, generator=generator)
         for number, operation in enumerate(table):
-            rows = (drawn == number).nonzero()[:, 0]
+            rows = (numbers[drawn] == number).nonzero()[:, 0]
             if len(rows):
                 images[rows] = operation(images[rows])
     return images
 
 
 def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
-    """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised float (B, C, H, W). kind as --augment."""
-    mean, std = (torch.tensor(c, device=generator.device)[:, None, None] for c in (mean, std))
+    """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised. kind: --augment"""
+    device, size = generator.device, 2 * padding + 1
+    mean, std = (torch.tensor(c, device=device)[:, None, None] for c in (mean, std))
 
     def augment(images):
+        B, C, H, W = images.shape
         if "randaug" in kind:
             images = rand_augment(images, generator)
-        if "crop" in kind:
-            images = random_crop(images, padding, generator, fill)
-        if flip and kind != "none":
-            images = random_flip(images, generator)
+        if "crop" in kind:                                  # a random window of the padded image
+            mode = "constant" if fill == "zeros" else "replicate"
+            padded = pad(images.float(), 4 * [padding], mode).to(images.dtype)
+            windows = padded.unfold(2, H, 1).unfold(3, W, 1)            # (B, C, size, size, H, W)
+            rows, columns = torch.randint(size, (2, B), device=device, generator=generator)
+            images = windows[torch.arange(B, device=device), :, rows, columns]
+        if flip and kind != "none":                         # each with probability 1/2
+            mirror = torch.rand(B, device=device, generator=generator) < 0.5
+            images = torch.where(mirror[:, None, None, None], images.flip(3), images)
         return (images.float() / 255 - mean) / std
 
     return augment
 
 
-# ------------------------------------------------------------------------------------------------- what an epoch measures
-
-@contextmanager
-def watch(model):
-    """Yield L lists that collect the pooled output (B, E) of each layer at each forward pass made within."""
-    seen = [[] for _ in model.layers]
-    hooks = [layer.register_forward_hook(lambda _, x, h, outputs=outputs: outputs.append(model.pool(h.detach())))
-             for layer, outputs in zip(model.layers, seen)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class Probe:
-    """A linear classifier in closed form, least squares from features (B, E) to one-hot labels, collected batch by batch."""
-
-    def __init__(self, num_classes):
-        self.num_classes, self.XX, self.XY = num_classes, 0, 0
-
-    def add(self, f, y):
-        X = torch.cat([f, f.new_ones(len(f), 1)], dim=1).double()
-        self.XX, self.XY = self.XX + X.T @ X, self.XY + X.T @ one_hot(y, self.num_classes).double()
-
-    def correct(self, f, y):
-        """How many of the features (B, E) it gives their label."""
-        ridge = 1e-6 * self.XX.diagonal().sum() * torch.eye(len(self.XX), dtype=self.XX.dtype, device=f.device)
-        W = torch.linalg.solve(self.XX + ridge, self.XY)
-        return ((f.double() @ W[:-1] + W[-1]).argmax(dim=1) == y).sum()
-
-
-def saturated_share(f, y, margin):
-    """sum_i |R(i)| and sum_i |P(i)| of a batch, a tensor (2,): row 3 of Fig. 5."""
-    positives = (y[:, None] == y).sum() - len(y)
-    return torch.stack([saturated(f, y, margin).sum(), positives])
-
-
-def count_saturated(run, f, y):
-    """`saturated_share` of each layer's f with its margin, (L, 2); 0 for methods without margins."""
-    return torch.stack([saturated_share(f_l, y, m) for f_l, m in zip(f, run.margins)]) if run.margins else 0
-
-
-def batches(order, y, settings):
-    """Cut rows `order` into batches, leaving out those in which no image has a positive: with one view, a small last one."""
-    for rows in order.split(settings["batch_size"]):
-        if not needs_pairs(settings) or len(y[rows].unique()) < len(rows):
-            yield rows
-
-
-def needs_pairs(settings):
-    """Whether the loss needs two images of a class in a batch: a contrastive one of a single view."""
-    return settings["views"] == 1 and settings["algo"] in ("cff", "cffm", "scl")
-
-
-@torch.no_grad()
-def hits(model, images, y, normalise, settings):
-    """Whether an image's label is among the first k guesses, (N, 10) bool, k = 1 ... 10; images as they are, not augmented."""
-    classes = 1 if model.labels is None else len(model.labels) - 1                      # passes for an image
-    found = []
-    for rows in torch.arange(len(y), device=y.device).split(max(1, 1000 // classes)):
-        scores = predict(model, normalise(images[rows]), settings["algo"], settings["head"], settings["skip_first"])
-        found.append((scores.topk(10).indices == y[rows, None]).cumsum(dim=1).bool())
-    return torch.cat(found)
-
-
-def accuracy(model, images, y, normalise, settings):
-    """Top-1, top-5 and top-10 accuracy in %: {1: ..., 5: ..., 10: ...}."""
-    found = hits(model, images, y, normalise, settings)
-    return {k: round(100 * found[:, k - 1].double().mean().item(), 2) for k in (1, 5, 10)}
-
-
-# ------------------------------------------------------------------------------------------------------------- runs on disk
+# ------------------------------------------------------------------------------------- runs on disk
 
 class Run:
-    """One training run: settings, data, model, random state, how far it is, and its folder on disk."""
+    """A training run: settings, data, model, optimizers, random state, progress and folder."""
 
-    def __init__(self, settings, facts=None):
-        """facts: of the data; given to the later processes of a pipeline, which have none themselves."""
-        self.settings, self.folder = settings, Path(settings["out"])
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(best if settings["device"] == "auto" else settings["device"])
-        if self.device.type == "cuda" and best == "cpu":
+    def __init__(self, s):
+        """Raises OSError or ValueError, in one line, for data, sizes or a device that cannot be."""
+        self.settings, self.folder = s, Path(s["out"])
+        cuda = torch.cuda.is_available()
+        if s["device"] == "cuda" and not cuda:
             raise ValueError("--device cuda: torch finds no CUDA device here")
-        self.facts = facts or self.read_data()
-        self.classes = self.facts["num_classes"]
-
-        torch.manual_seed(settings["seed"])
-        self.model = make_model(settings, self.facts).to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(settings["seed"])
-        self.val_generator = torch.Generator(self.device)
-        flip = settings["dataset"] != "mnist"                       # a mirrored digit is another sign
-        make = lambda kind, generator: make_augment(kind, settings["padding"], self.facts["mean"], self.facts["std"], generator,
-                                                    flip, settings["fill"])
-        self.augment = make(settings["augment"], self.generator)
-        self.val_augment = make(settings["augment"], self.val_generator)
-        self.normalise = make("none", self.generator)
-        L, self.margins = len(self.model.layers), None
-        if settings["algo"] == "cff":
-            self.margins = L * [0.0]
-        elif settings["algo"] == "cffm":
-            self.margins = margins(settings["m0"], settings["mL"], L, settings["decay"])
-        self.loss = partial(symba_loss, alpha=settings["alpha"]) if settings["algo"] == "symba" else \
-            partial(ff_loss, threshold=settings["threshold"])       # of ff, symba and collab
-        self.part, self.later_states = None, []                     # of a pipeline
-        self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0, "encoder_epoch": 0, "log": []}
-
-    def read_data(self):
-        """Put training, validation and test data on the device; returns their shape, classes, mean, deviation and numbers."""
-        settings = self.settings
-        train_x, train_y, test_x, test_y = load_data(settings["dataset"], settings["data_dir"])
-        classes = int(train_y.max()) + 1
-        parts = split(train_x, train_y, settings, classes)
-        if any(next(batches(torch.arange(len(y)), y, settings), None) is None for _, y in parts):
-            raise ValueError("with --views 1, training and validation data need two images of a class in a batch")
-        if settings["padding"] > train_x.shape[-1]:
-            raise ValueError(f"--padding {settings['padding']} is more than the image's side, {train_x.shape[-1]}")
-        self.train, self.val, self.test = (tuple(t.to(self.device) for t in part) for part in [*parts, (test_x, test_y)])
+        self.device = torch.device("cuda" if cuda and s["device"] != "cpu" else "cpu")
+        images, y, *test = load_data(s["dataset"], s["data_dir"])
+        classes = int(y.max()) + 1
+        parts = [*split(images, y, s, classes), test]
+        for _, labels in parts[:2]:
+            cut(torch.arange(len(labels)), labels, s)       # raises what it would raise later
+        self.train, self.val, self.test = (
+            tuple(t.to(self.device) for t in part) for part in parts)
         mean, std = mean_and_std(parts[0][0])
-        return {"image_shape": list(train_x.shape[1:]), "num_classes": classes, "mean": mean, "std": std,
-                "images": [len(part[1]) for part in (self.train, self.val, self.test)]}
+        self.facts = {"image_shape": list(images.shape[1:]), "num_classes": classes, "mean": mean,
+                      "std": std, "images": [len(labels) for _, labels in parts]}
+        torch.manual_seed(s["seed"])
+        self.model = make_model(s, self.facts).to(self.device)
+        self.optimizers = make_optimizers(self.model, s)
+        self.generator = torch.Generator(self.device).manual_seed(s["seed"])
+        self.val_generator = torch.Generator(self.device)
+        make = partial(make_augment, padding=s["padding"], fill=s["fill"], mean=mean, std=std,
+                       flip=s["dataset"] != "mnist")        # a mirrored digit is another sign
+        self.augment = make(s["augment"], generator=self.generator)
+        self.val_augment = make(s["augment"], generator=self.val_generator)
+        self.normalise = make("none", generator=self.generator)
+        self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0,
+                      "encoder_epoch": 0, "log": []}
 
     def start(self):
-        """Make the folder and write down every setting, the data, versions and machine."""
+        """Make the folder and write down every setting, the data, versions and device."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        launch = f"torchrun --nproc-per-node {dist.get_world_size()}" if self.settings["pipeline"] else "python"
-        config = {"command": f"{launch} " + " ".join(sys.argv), "settings": self.settings, "data": self.facts,
-                  "device": describe_device(self.device),
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                               "torchvision": torchvision.__version__}}
-        write(self.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+        cuda = self.device.type == "cuda"
+        write(self.folder / "config.json", json.dumps({
+            "command": shlex.join(["python", *sys.argv]), "settings": self.settings,
+            "data": self.facts, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__}}, indent=1) + "\n")
 
-    def save(self, optimizers, best):
-        """Write best.pt, if this epoch was the best, then last.pt and log.csv, each replaced in one step."""
+    def save(self, best):
+        """Write best.pt, if this epoch was the best, then last.pt and log.csv, each in one step."""
+        weights = self.model.state_dict()
         if best:
-            content = {"model": self.model.state_dict(), "settings": self.settings, "data": self.facts}
-            write(self.folder / "best.pt", lambda path: torch.save(content, path))
-        checkpoint = {**self.state, "model": self.model.state_dict(), "generator": self.generator.get_state(),
-                      "optimizers": [optimizer.state_dict() for optimizer in optimizers] + self.later_states,
-                      "device": self.device.type}
-        write(self.folder / "last.pt", lambda path: torch.save(checkpoint, path))
-        self.later_states = []
-        write(self.folder / "log.csv", self.write_log)
+            write(self.folder / "best.pt", {"model": weights, "settings": self.settings,
+                                            "data": self.facts})
+        write(self.folder / "last.pt", {
+            **self.state, "model": weights, "generator": self.generator.get_state(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "device": self.device.type})
+        self.write_log()
 
-    def write_log(self, path):
-        columns = list(dict.fromkeys(column for row in self.state["log"] for column in row))
-        with open(path, "w", newline="") as file:
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            table.writerows(self.state["log"])
+    def write_log(self):
+        log = self.state["log"]
+        columns = list(dict.fromkeys(column for row in log for column in row))
+        rows = [columns, *([str(row.get(column, "")) for column in columns] for row in log)]
+        write(self.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
 
     def load(self):
-        """Take up the last finished epoch; returns the states of the optimizers, none if no epoch was finished.
-
-        Raises OSError if the checkpoint is missing though epochs were finished, or damaged; ValueError on another device.
-        """
+        """Take up the last finished epoch, if any; OSError or ValueError if that cannot be."""
         path = self.folder / "last.pt"
         if not path.exists() and not (self.folder / "log.csv").exists():
-            return []
+            return
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            last = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as reason:
             raise OSError(f"{path}, which --resume needs, cannot be read ({type(reason).__name__})")
-        if checkpoint["device"] != self.device.type:
-            raise ValueError(f"this run's random state is of {checkpoint['device']}: go on with --device {checkpoint['device']}")
-        self.model.load_state_dict(checkpoint["model"])
-        self.generator.set_state(checkpoint["generator"])
-        self.state = {key: checkpoint[key] for key in self.state}
-        write(self.folder / "log.csv", self.write_log)              # a stop may have come between last.pt and log.csv
-        return checkpoint["optimizers"]
-
-
-def make_model(settings, facts):
-    """The untrained model of a run's settings and the facts of its data."""
-    return build_model(settings["model"], facts["image_shape"], facts["num_classes"], settings["patch_size"],
-                       settings["pool"], settings["position_std"], LABELS.get(settings["algo"]))
-
-
-def describe_device(device):
-    """The GPU's or the processor's name, and how many threads are used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else [platform.processor()]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def keep_memory():
-    """Let glibc (Linux) keep the memory that a step has freed: to fetch it anew for the next one costs time."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                                              # M_MMAP_MAX: large blocks come from the heap as well
-        mallopt(-1, -1)                                             # M_TRIM_THRESHOLD: the heap never shrinks
-
-
-def peak_memory(device):
-    """The most memory this process has held, in MB: on a GPU that of tensors, else resident memory; None where unknown."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    try:
-        import resource                                             # not on Windows
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024                  # of ru_maxrss: bytes on macOS, kB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
-
-
-def write(path, fill):
-    """Let fill(temporary) write a file, then put it in the place of `path` in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    fill(temporary)
-    os.replace(temporary, path)
-
-
-# ------------------------------------------------------------------------------------------------------------ the stages
-
-def learning_rate(step, steps, settings, base, warmup):
-    """The learning rate of update `step` of `steps`, counted from 0: a linear rise over `warmup`, then --schedule."""
-    rise = min(1, (step + 1) / (warmup + 1))
-    fall = (1 + math.cos(math.pi * step / steps)) / 2 if settings["schedule"] == "cosine" else 1
-    return base * rise * fall
-
-
-def by_layer(name, values, L):
-    """{"name_1": ..., "name_L": ...}: a log's columns from a tensor (L,); from a scalar, the last layer's alone."""
-    values = values.reshape(-1).tolist()
-    return {f"{name}_{l}": round(value, 6) for l, value in enumerate(values, start=L + 1 - len(values))}
-
-
-def make_optimizers(model, settings, stage=1):
-    """Stage 1: an optimizer for each layer, or one for all that is trained end to end; 2: one for the head. No rates yet."""
-    modules = [model.head] if stage == 2 else {"scl": [model.layers], "bp": [model]}.get(settings["algo"], model.layers)
-    return [torch.optim.AdamW(module.parameters(), weight_decay=settings["weight_decay"], fused=True) for module in modules]
-
-
-def make_step(run, optimizers):
-    """step(x, y): stage 1's training step of --algo on one batch, returning its losses, (L,) or a scalar."""
-    s, model, augment = run.settings, run.model, run.augment
-    if s["algo"] in ("cff", "cffm"):
-        return lambda x, y: cff_step(model, optimizers, x, y, augment, run.margins, s["temperature"], s["views"])
-    if s["algo"] in ("ff", "symba"):
-        return lambda x, y: ff_step(model, optimizers, x, y, augment, run.loss, run.generator)
-    if s["algo"] == "collab":
-        return lambda x, y: collab_step(model, optimizers, x, y, augment, s["threshold"], run.generator)
-    if s["algo"] == "scl":
-        return lambda x, y: scl_step(model, optimizers[0], x, y, augment, s["temperature"], s["views"])
-    return lambda x, y: bp_step(model, optimizers[0], x, y, augment)
-
-
-def train_layers(run, optimizers, updates):
-    """Stage 1, training: a step on every batch of `updates`. Sums over the images seen: {"n": their number, "loss": (L,) or a
-    scalar, "saturated": (L, 2) or 0, "probe": of the last layer}."""
-    loss, share, n, probe, step = 0, 0, 0, Probe(run.classes), make_step(run, optimizers)
-    with watch(run.model) as seen:
-        for x, y in updates:
-            loss += len(y) * step(x, y)
-            n += len(y)
-            if run.model.labels is None:
-                pooled = [torch.cat(outputs) for outputs in seen]
-            else:                                                                       # what was seen knows the label
-                with torch.no_grad():
-                    pooled = encode_neutral(run.model, run.normalise(x))
-            for outputs in seen:
-                outputs.clear()
-            f, labels = [normalize(f_l) for f_l in pooled], y.repeat(len(pooled[0]) // len(y))
-            share += count_saturated(run, f, labels)
-            probe.add(f[-1], labels)
-    return {"n": n, "loss": loss, "saturated": share, "probe": probe}
-
-
-def encoder_epoch(run, optimizers, updates):
-    """Stage 1: a training step on every batch of `updates`, then validation; (columns of the log, validation loss)."""
-    sums = train_layers(run, optimizers, updates) if run.part is None else piped_epoch(run, optimizers, updates)
-    run.val_generator.manual_seed(run.settings["seed"])                                 # the same views every epoch
-    val_loss, val_share, probe_accuracy = validate_encoder(run, sums["probe"])
-    L, share = len(run.model.layers), sums["saturated"]
-    row = {**by_layer("train_loss", sums["loss"] / sums["n"], L), **by_layer("val_loss", val_loss, L)}
-    if run.margins:
-        row |= {**by_layer("train_saturated", share[:, 0] / share[:, 1], L),
-                **by_layer("val_saturated", val_share[:, 0] / val_share[:, 1], L)}
-    # the epoch is chosen by the last layer's loss; FF's by the sum over the layers but the first
-    chosen_by = val_loss[1:] if run.model.labels is not None and L > 1 else val_loss[-1:]
-    return row | {"probe": round(probe_accuracy, 2)}, chosen_by.sum().item()
-
-
-@torch.no_grad()
-def validate_encoder(run, probe):
-    """Stage 1 on validation data: each layer's mean loss (L,) or (1,), its saturated pairs, and the probe's accuracy in %."""
-    loss, share, correct, labels_seen, n, (images, y) = 0, 0, 0, 0, 0, run.val
-    for rows in batches(torch.arange(len(y), device=y.device), y, run.settings):
-        losses, f = validation_step(run, images[rows], y[rows])
-        labels = y[rows].repeat(len(f[-1]) // len(rows))
-        loss += len(rows) * losses
-        share += count_saturated(run, f, labels)
-        correct += probe.correct(f[-1], labels)
-        labels_seen += len(labels)
-        n += len(rows)
-    return loss / n, share, 100 * correct.item() / labels_seen
-
-
-def validation_step(run, x, y):
-    """A training step's losses, (L,) or (1,), on validation data and without training; each layer's f for the probe."""
-    settings, model, augment = run.settings, run.model, run.val_augment
-    if model.labels is not None:
-        x1 = augment(x)
-        G = [layer_goodness(model, x1, labels) for labels in (y, wrong_labels(y, run.classes, run.val_generator))]   # (L, B) each
-        if settings["algo"] == "collab":
-            G = [G_l + gammas(G_l) for G_l in G]
-        return torch.stack([run.loss(g_pos, g_neg) for g_pos, g_neg in zip(*G)]), \
-            [normalize(f) for f in encode_neutral(model, run.normalise(x))]             # as in `train_layers`
-    views = 1 if settings["algo"] == "bp" else settings["views"]
-    pooled = [torch.cat(outputs) for outputs in zip(*[encode(model, augment(x)) for _ in range(views)])]   # L x (2B, E)
-    f, labels = [normalize(f_l) for f_l in pooled], y.repeat(views)
-    if settings["algo"] == "bp":
-        return cross_entropy(model.head(pooled[-1]), y)[None], f
-    if settings["algo"] == "scl":
-        return contrastive_loss(f[-1], labels, settings["temperature"])[None], f
-    return torch.stack([marginal_contrastive_loss(f_l, labels, m, settings["temperature"]) for f_l, m in zip(f, run.margins)]), f
-
-
-def head_epoch(run, optimizers, updates):
-    """Stage 2: cross-entropy of the head on every batch of `updates`, then validation; (columns, validation loss)."""
-    loss, n, val_loss = 0, 0, 0
-    for x, y in updates:
-        loss += len(y) * head_step(run.model, optimizers[0], x, y, run.augment)
-        n += len(y)
-    images, y = run.val
-    run.val_generator.manual_seed(run.settings["seed"])
-    for rows in torch.arange(len(y), device=run.device).split(run.settings["batch_size"]):
-        with torch.no_grad():
-            scores = run.model.head(features(run.model, run.val_augment(images[rows])))
-        val_loss += cross_entropy(scores, y[rows], reduction="sum")
-    row = {"train_loss_head": round((loss / n).item(), 6), "val_loss_head": round((val_loss / len(y)).item(), 6)}
-    return row, row["val_loss_head"]
-
-
-def set_rate(optimizers, rate):
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = rate
-
-
-def train_stage(run, stage, optimizers, one_epoch, epochs, base_rate, warmup=0):
-    """All epochs of a stage that are still to do, each with its row in the log and its checkpoint."""
-    state, (images, y), settings = run.state, run.train, run.settings
-    show_start(run, stage)
-    steps = math.ceil(len(y) / settings["batch_size"])
-
-    def plan():                                             # the updates of one epoch: learning rate, rows of the images
-        order = torch.randperm(len(y), device=run.device, generator=run.generator)
-        parts = batches(order, y, settings) if stage == 1 else order.split(settings["batch_size"])
-        return [(learning_rate(state["epoch"] * steps + i, epochs * steps, settings, base_rate, warmup), rows)
-                for i, rows in enumerate(parts)]
-
-    def updates(planned):                                   # the batches of one epoch
-        for i, (rate, rows) in enumerate(planned):
-            set_rate(optimizers, rate)
-            yield images[rows], y[rows]
-            show_progress(run, stage, i + 1, steps, epochs, time.time() - start)
-
-    while state["epoch"] < epochs:
-        start, planned = time.time(), plan()
-        if run.part:
-            run.part.planned = broadcast([(rate, y[rows]) for rate, rows in planned], run.device)
-        columns, val_loss = one_epoch(run, optimizers, updates(planned))
-        state["epoch"] += 1
-        row = {"stage": stage, "epoch": state["epoch"], **columns, "seconds": round(time.time() - start, 2)}
-        best = val_loss < state["best"]
-        if best:
-            state["best"], state["best_epoch"] = val_loss, state["epoch"]
-        state["log"].append(row)
-        show_row(row, epochs)
-        check_losses(run, row)
-        run.save(optimizers, best)
-
-
-def train(run, optimizer_states=()):
-    """Both stages and the test, from the start or from where `run` stands; writes and returns the result."""
-    settings, state, model = run.settings, run.state, run.model
-
-    def take_up(optimizers):                                # where an interrupted run left them
-        for optimizer, old in zip(optimizers, optimizer_states):
-            optimizer.load_state_dict(old)
-        return optimizers
-
-    def take_best():                                        # the weights with the lowest validation loss
-        model.load_state_dict(torch.load(run.folder / "best.pt", map_location=run.device, weights_only=True)["model"])
-
-    if state["stage"] == 1:
-        optimizers = take_up(make_optimizers((run.part or run).model, settings))
-        train_stage(run, 1, optimizers, encoder_epoch, settings["epochs"], settings["lr"], settings["warmup"])
-        if run.part:
-            run.part = dismiss(run)
-        take_best()
-        state["encoder_epoch"] = state["best_epoch"]
-        if two_stages(settings):
-            state.update(stage=2, epoch=0, best=math.inf, best_epoch=0)
-            optimizer_states = []
-    if two_stages(settings):
-        optimizers = take_up(make_optimizers(model, settings, stage=2))
-        if state["epoch"] == 0:
-            run.save(optimizers, best=False)                # the start of stage 2, should it stop before its first epoch
-        train_stage(run, 2, optimizers, head_epoch, settings["head_epochs"], settings["head_lr"])
-        take_best()
-    seconds = sum(row["seconds"] for row in state["log"])
-    result = {**{f"{part}_top{k}": value for part, data in (("test", run.test), ("val", run.val))
-                 for k, value in accuracy(model, *data, run.normalise, settings).items()}, "metric": METRIC[settings["dataset"]],
-              "best_epoch": state["encoder_epoch"], "best_head_epoch": state["best_epoch"] if two_stages(settings) else None,
-              "seconds": round(seconds, 1), "peak_memory_mb": peak_memory(run.device)}
-    write(run.folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-    try:
-        draw_curves(run)
-    except ImportError:                                     # matplotlib is optional
-        pass
-    return result
-
-
-# ------------------------------------------------------------------------------- the pipeline of layers (Sec. 5.1, Fig. 8)
-
-def connect():
-    """Join the processes that torchrun started; each has a GPU of its own if there are any."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # a process waits for the others as long as data are loaded or validated; torchrun ends the run if one dies
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
-
-
-def pack(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def unpack(data, device):
-    return torch.load(io.BytesIO(data), map_location=device, weights_only=False)        # from our own processes alone
-
-
-def broadcast(value, device):
-    """In every process the first one's value, its tensors on `device`."""
-    box = [pack(value)] if dist.get_rank() == 0 else [None]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return unpack(box[0], device)
-
-
-def gather(value, device):
-    """In the first process a list of every process's value, tensors on `device`; None in the others."""
-    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(pack(value), values)
-    return values and [unpack(data, device) for data in values]
-
-
-def part_of(run):
-    """A copy of `run` for the layers of this process: its model is a cff.Segment. A later process drops all other layers."""
-    model, part = run.model, copy(run)
-    if run.device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-        raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs: start fewer, or use --device cpu")
-    image, label = torch.zeros(1, *run.facts["image_shape"]), torch.zeros(1, dtype=torch.long)
-    with torch.no_grad():
-        h = model.layers[0](model.patches(image.to(run.device), None if model.labels is None else label.to(run.device)))
-    # FF, SymBa: true label, wrong label, and the neutral one for the probe
-    part.model = segment = Segment(model, h.shape[1:], messages=run.settings["views"] if model.labels is None else 3)
-    part.margins = run.margins and run.margins[segment.first:segment.end]
-    if segment.rank > 0:
-        part.augment = part.normalise = lambda y: y                 # where there are no images, their labels stand for them
-    return part
-
-
-def split_layers(run, optimizer_states):
-    """In the first process: give each process its layers; returns the states of this one's optimizers."""
-    run.part = part_of(run)
-    broadcast((run.settings, run.facts, run.model.state_dict(), optimizer_states), run.device)
-    return optimizer_states[:run.part.model.end]
-
-
-def dismiss(run):
-    """In the first process: let the later ones end, as stage 1 is over."""
-    broadcast(None, run.device)
-    dist.destroy_process_group()
-
-
-def assist():
-    """What a later process does: train its layers, epoch by epoch, as the first one says; it reads and writes no files."""
-    connect()
-    start = broadcast(None, "cpu")
-    if start is not None:                                           # else stage 1 is over
-        settings, facts, weights, states = start
-        run = Run(settings, facts)
-        run.model.load_state_dict(weights)
-        part = part_of(run)
-        optimizers = make_optimizers(part.model, settings)
-        for optimizer, state in zip(optimizers, states[part.model.first:]):
+        if last["device"] != self.device.type:
+            raise ValueError(f"this run's random state is that of --device {last['device']}")
+        self.model.load_state_dict(last["model"])
+        self.generator.set_state(last["generator"])
+        self.state |= {key: last[key] for key in self.state}
+        self.optimizers = make_optimizers(self.model, self.settings, self.state["stage"])
+        for optimizer, state in zip(self.optimizers, last["optimizers"]):
             optimizer.load_state_dict(state)
-        del start, run, weights, states
+        self.write_log()                                    # a stop may have come after last.pt
 
-        def updates():
-            for rate, y in part.planned:
-                set_rate(optimizers, rate)
-                yield y, y
+    def end_stage(self):
+        """Take the weights with the lowest validation loss, and go on to the next stage."""
+        best = torch.load(self.folder / "best.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(best["model"])
+        state = self.state
+        state |= {"stage": state["stage"] + 1, "epoch": 0, "best": math.inf, "best_epoch": 0,
+                  "encoder_epoch": state["encoder_epoch"] or state["best_epoch"]}
+        self.optimizers = make_optimizers(self.model, self.settings, stage=2)
+        if state["stage"] <= stages(self.settings):
+            self.save(best=False)
 
-        while planned := broadcast(None, part.device):
-            part.planned = planned
-            train_part(part, optimizers, updates())
-    dist.destroy_process_group()
-
-
-def train_part(part, optimizers, updates):
-    """An epoch of `train_layers` in this process; in the first one, what all of them return."""
-    segment = part.model
-    with segment.epoch([len(y) for _, y in part.planned]):
-        sums = train_layers(part, optimizers, segment.steps(updates))
-    return gather(sums | {"layers": [layer.state_dict() for layer in segment.layers], "trace": segment.trace,
-                          "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, part.device)
-
-
-def piped_epoch(run, optimizers, updates):
-    """In the first process: `train_layers` by all processes; takes up their weights and writes trace.csv (`Segment.trace`)."""
-    parts = train_part(run.part, optimizers, updates)
-    for layer, weights in zip(run.model.layers, (weights for part in parts for weights in part["layers"])):
-        layer.load_state_dict(weights)
-    run.later_states = [state for part in parts[1:] for state in part["optimizers"]]
-    first = min(row[4] for part in parts for row in part["trace"])
-    lines = [f"{process},{batch},{event},{waited_for},{start - first:.6f},{end - first:.6f}\n"
-             for part in parts for process, batch, event, waited_for, start, end in part["trace"]]
-    write(run.folder / "trace.csv", lambda path: path.write_text("process,batch,event,waited_for,start,end\n" + "".join(lines)))
-    return {"n": parts[0]["n"], "probe": parts[-1]["probe"], "loss": torch.cat([part["loss"] for part in parts]),
-            "saturated": torch.cat([part["saturated"] for part in parts]) if run.margins else 0}
+    def test_model(self):
+        """Accuracy of the weights on test and validation data, written to result.json."""
+        s, result = self.settings, {}
+        for part, (images, y) in (("test", self.test), ("val", self.val)):
+            found = accuracy(self.model, images, y, self.normalise, s)
+            result |= {f"{part}_top{k}": value for k, value in found.items()}
+        result |= {"metric": METRIC.get(s["dataset"], "top1"),
+                   "best_epoch": self.state["encoder_epoch"],
+                   "seconds": round(sum(row["seconds"] for row in self.state["log"]), 1)}
+        write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        return result
 
 
-# ------------------------------------------------------------------------------------------------------ what a run says
-
-def collapse_value(n, settings, num_classes):
-    """The loss of a layer that gives every image the same output, for n images in batches.
-
-    Contrastive losses: mean of ln(rows - 1). SymBa: ln 2. FF, Collab: ln 2 as well, the least that equal goodness for true and
-    wrong labels can have, at theta. BP: ln C.
-    """
-    if settings["algo"] in LABELS or settings["algo"] == "bp":
-        return math.log(num_classes if settings["algo"] == "bp" else 2)
-    sizes = [len(rows) for rows in torch.arange(n).split(settings["batch_size"])]
-    return sum(size * math.log(max(1, settings["views"] * size - 1)) for size in sizes) / n
+def make_model(s, facts):
+    """The untrained model of a run's settings and the facts of its data."""
+    vit, labels, options = s["model"].startswith("vit"), None, {}
+    if s["algo"] in WITH_LABELS:
+        labels = "patch" if vit else "random" if s["algo"] == "symba" else "one-hot"
+    if vit:
+        options = {name: s[name] for name in ("patch_size", "pool", "position_std")}
+    return build_model(s["model"], facts["image_shape"], facts["num_classes"], labels, **options)
 
 
-def check_losses(run, row):
-    """End the run if a loss of this epoch's row is not a number; say so if after three epochs a layer has learned nothing."""
-    bad = [column for column, value in row.items() if "loss" in column and not math.isfinite(value)]
-    if bad:
-        raise SystemExit(f"train.py: {', '.join(bad)} is not a number in epoch {row['epoch']}; a smaller --lr, with another "
-                         "--out, may help")
-    if row["stage"] == 1 and row["epoch"] == 3:
-        value = collapse_value(len(run.train[1]), run.settings, run.classes)
-        for column in (column for column in row if column.startswith("train_loss")):
-            if abs(row[column] - value) < 0.01:
-                print(f"Layer {column.split('_')[-1]} has collapsed: its loss {row[column]:.3f} is that of equal outputs for all "
-                      f"images, {value:.3f}. Another --lr, a smaller --position-std, or a --warmup, may help.")
-
-
-def show_start(run, stage):
-    """What the run is, and what the columns of this stage's rows mean."""
-    s, (train_n, val_n, test_n) = run.settings, run.facts["images"]
-    if stage == 1:
-        print(f"{s['algo']} with {s['model']} on {s['dataset']}: {train_n} training, {val_n} validation, {test_n} test images, "
-              f"seed {s['seed']}, {run.device}; run folder {run.folder}\n"
-              f"Stage 1: training loss of {'the last' if s['algo'] in ('scl', 'bp') else 'each'} layer | "
-              + ("share of saturated pairs |R|/|P| in the first and the last layer | " if run.margins else "")
-              + "validation loss of the last layer | validation accuracy of a linear probe on it"
-              + (" (neutral label)" if s["algo"] in LABELS else ""))
+def write(path, content):
+    """Write text, or what torch can save, to a file and put it in the place of `path` at once."""
+    temporary = path.with_name(path.name + ".tmp")
+    if isinstance(content, str):
+        temporary.write_text(content)
     else:
-        print("Stage 2, the linear head: training cross-entropy | validation cross-entropy")
+        torch.save(content, temporary)
+    temporary.replace(path)
 
 
-def show_row(row, epochs):
-    """One line an epoch."""
-    train_losses = [value for column, value in row.items() if column.startswith("train_loss")]
-    text = f"{row['epoch']:4d}/{epochs}  " + " ".join(f"{value:6.3f}" for value in train_losses)
-    shares = [value for column, value in row.items() if column.startswith("train_saturated")]
-    if shares:
-        text += f" | {shares[0]:5.1%} {shares[-1]:5.1%}"
-    text += f" | {[value for column, value in row.items() if column.startswith('val_loss')][-1]:6.3f}"
-    if row["stage"] == 1:
-        text += f" | {row['probe']:5.1f} %"
-    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-    print(f"{clear}{text}  {row['seconds']:6.1f} s", flush=True)
+# ------------------------------------------------------------------------------------ command line
+
+def defaults(dataset, algo, recipe="none"):
+    """The settings where nothing else is typed."""
+    def of(recipe):
+        return {**RECIPES.get(recipe, {}), **RECIPES.get(f"{recipe} {algo}", {})}
+    return {**DEFAULTS, **BY_ALGO.get(algo, {}), **of("short" if dataset == "shapes" else "none"),
+            **BY_DATASET[dataset], **of(recipe), "dataset": dataset, "algo": algo, "recipe": recipe}
 
 
-def show_progress(run, stage, step, steps, epochs, seconds):
-    """A live line on a terminal; once, early in a run that will take long on a CPU, what it will take and what to do."""
-    settings = run.settings
-    left = seconds / step * (steps * (epochs - run.state["epoch"]) - step)
-    if stage == 1 and run.state["epoch"] == 0 and step == min(3, steps) and run.device.type == "cpu":
-        # an update of stage 2 is one forward pass, one of CFF a forward and a backward pass (twice the work) of each view
-        total = left + two_stages(settings) * seconds / step * steps * settings["head_epochs"] / (3 * settings["views"])
-        if total > 1800:
-            smaller = "" if settings["model"].startswith("mlp") else "--model vit-64-4-4 --recipe short "
-            print(f"This run will take about {total / 3600:.1f} hours on this CPU. A shorter one: the same command with {smaller}"
-                  f"--limit {min(10000, len(run.train[1]))} --epochs 30 --head-epochs 10 --out runs/short")
-    if sys.stdout.isatty():
-        minutes, seconds = divmod(round(left), 60)
-        print(f"\rstage {stage}, epoch {run.state['epoch'] + 1}/{epochs}, batch {step}/{steps}, "
-              f"{minutes}:{seconds:02} left in this stage ", end="", flush=True)
-
-
-# the palette of Okabe and Ito: told apart in print and with any colour vision
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-
-
-def pyplot():
-    """matplotlib's pyplot, drawing into files; ImportError that says what to install if it is not there."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("pictures need matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-def draw_curves(run):
-    """curves.png in the run's folder: losses and the probe's accuracy by epoch of stage 1."""
-    plt, log = pyplot(), [row for row in run.state["log"] if row["stage"] == 1]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    epochs, dot = [row["epoch"] for row in log], "." * (len(log) == 1)          # of a single epoch there is no line to see
-    names = [column.removeprefix("train_loss_") for column in log[0] if column.startswith("train_loss")]
-    for number, l in enumerate(names):
-        look = {"color": COLOURS[number % len(COLOURS)], "alpha": 1 / (1 + number // len(COLOURS)), "marker": dot}
-        left.plot(epochs, [row[f"train_loss_{l}"] for row in log], label=f"layer {l}", **look)
-        left.plot(epochs, [row[f"val_loss_{l}"] for row in log], "--", **look)
-    left.set(xlabel="epoch", ylabel="loss (solid: training, dashed: validation)")
-    left.legend(fontsize=8)
-    right.plot(epochs, [row["probe"] for row in log], color="black", marker=dot)
-    right.set(xlabel="epoch", ylabel="validation accuracy of the probe, %")
-    right.grid(alpha=0.3)
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(run.folder.name, fontsize=10)
-    figure.savefig(run.folder / "curves.png", dpi=100)
-    plt.close(figure)
+def parse(argv=None):
+    """The settings of a command line: (dict, whether to resume); nonsense ends with status 2."""
+    instead = {**BY_ALGO, **BY_DATASET, **RECIPES}
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [--FLAG VALUE ...]; --help lists the flags",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, epilog="\n".join(
+            ["instead of [default]:", *(f"  {name:13s} {own}" for name, own in instead.items())]))
+    for name, (default, allowed, meaning) in SETTINGS.items():
+        kind = dict(action="store_true") if default is False else dict(
+            type=plain_name if name == "model" else type(default), metavar=name.upper(),
+            choices=allowed if isinstance(allowed, list) else None)
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **kind)
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, by its own settings")
+    typed = vars(parser.parse_args(argv))
+    resume = typed.pop("resume", False)
+    s = defaults(*({**DEFAULTS, **typed}[name] for name in ("dataset", "algo", "recipe"))) | typed
+    for name, (_, allowed, _) in SETTINGS.items():
+        if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
+            parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
+    if not s["out"]:
+        plain = ("dataset", "algo", "model", "seed", "data_dir", "device", "out")
+        others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in plain]
+        name = "-".join([*(s[name] for name in plain[:3]), *others, f"s{s['seed']}"])
+        s["out"] = f"runs/{name}"
+    folder = Path(s["out"])
+    if (folder / "config.json").exists() != resume:
+        parser.error(f"there is no run in {folder} to resume" if resume else
+                     f"{folder} holds a run: go on with it (--resume), or name another (--out)")
+    if resume:
+        s = DEFAULTS | json.loads((folder / "config.json").read_text())["settings"]
+        kept = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
+        if kept:
+            parser.error(f"--resume keeps the settings of the run: {', '.join(kept)} cannot change")
+        s |= typed
+    return s | {"out": str(folder)}, resume
 
 
 def main(argv=None):
-    keep_memory()
-    if int(os.environ.get("RANK", 0)) > 0 and not {"-h", "--help"} & set(sys.argv):
-        return assist()
+    settings, resume = parse(argv)
     try:
-        settings, resume = parse(argv)
-        if settings["pipeline"]:
-            connect()
         run = Run(settings)
-        optimizer_states = run.load() if resume else []
-        if settings["pipeline"] and run.state["stage"] == 1:
-            optimizer_states = split_layers(run, optimizer_states)
-        elif settings["pipeline"]:
-            dismiss(run)                                        # nothing is left to the later processes
-        if not resume:
-            run.start()
-    except (OSError, ValueError, RuntimeError) as reason:       # data, model, folder or device that cannot be
+        run.load() if resume else run.start()
+    except (OSError, ValueError, RuntimeError) as reason:       # data, model or device at fault
         print(f"train.py: error: {str(reason).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(2)
-    except KeyboardInterrupt:
-        raise SystemExit("\nstopped before the first update")
+    print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings) + "\nepoch, "
+          "training losses | last validation loss | validation accuracy of a linear probe")
     try:
-        result = train(run, optimizer_states)
+        result = train(run)
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped; go on with: python train.py --resume --out {run.folder}")
-    print(f"test accuracy {result['test_top1']} % (top-5 {result['test_top5']} %, top-10 {result['test_top10']} %); "
-          f"test it again: python eval.py {run.folder}")
+    print(f"test accuracy {result['test_top1']} % (top-5 {result['test_top5']} %, top-10 "
+          f"{result['test_top10']} %); test it again: python eval.py {run.folder}")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ def read_groups(folders):
 
 def essential(record):
     """The settings without those that say only where, how said, and with which seed."""
-    others = ("seed", "out", "data_dir", "device", "recipe")
-    return {name: record.settings[name] for name in SETTINGS if name not in others}
+    where = ("seed", "out", "data_dir", "device", "recipe")
+    return {name: record.settings[name] for name in SETTINGS if name not in where}
 
 
 def choosing_losses(settings, log):
@@ -136,8 +136,7 @@ def evaluate(folder, data_dir=None):
         print("its head is not trained yet")
     else:
         top = accuracy(run.model, images, y, run.normalise, s)
-        print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items())
-              + f"  (the metric for {s['dataset']} is {METRIC.get(s['dataset'], 'top1')})")
+        print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
         names = CLASSES.get(s["dataset"], range(run.model.num_classes))
         print("top-1 by class: " + ", ".join(
             f"{name} {accuracy(run.model, images[y == c], y[y == c], run.normalise, s)[1]:.1f}"
@@ -225,12 +224,12 @@ def draw_layers(run, features, log, rows, three):
     """Fig. 5, a column a layer: Fisher criterion and t-SNE; losses and shares; the three images."""
     figure, axes = pyplot().subplots(3, len(features), figsize=(max(7, 2.6 * len(features)), 8),
                                      squeeze=False, layout="constrained")
-    figure.suptitle(f"{run.folder.name}: {len(run.val[1])} validation images, by layer (Fig. 5)")
+    figure.suptitle(f"{run.folder.name}: {len(run.val[1])} validation images, by layer")
     draw_tsne(axes[0], features, run.val[1].cpu(), CLASSES.get(run.settings["dataset"]))
     draw_epochs(axes[1], log)
     for row, top, bottom in zip(rows, axes[0], axes[2]):
         top.set_title(f"Layer {row['Layer']}\nFisher {row['Fisher']:.2f}", fontsize=10)
-        bottom.imshow(torch.cat(list(three), dim=2).expand(3, -1, -1).permute(1, 2, 0))
+        bottom.imshow(torch.cat(list(three), dim=2).expand(3, -1, -1).permute(1, 2, 0).numpy())
         bottom.set_title(f"cosine to the positive {row['Cosine to the positive']:.2f},\n"
                          f"to the negative {row['to the negative']:.2f}", fontsize=9)
         bottom.set(xticks=[], yticks=[])
@@ -295,7 +294,6 @@ def show_table(folders, markdown=False):
     tables = {}
     for runs in read_groups(folders):
         (name, s, _, _, images), logs = runs[0], [run.log for run in runs]
-        seeds = sorted(run.settings["seed"] for run in runs)
         tables.setdefault((s["dataset"], s["limit"], s["model"][:3]), []).append({
             "Run": name if len(runs) == 1 else re.sub(r"-?s\d+$", "", name),
             "Method": NAMES[s["algo"]] + " + head" * s["head"], "Model": s["model"],
@@ -303,7 +301,7 @@ def show_table(folders, markdown=False):
             "Views": 1 if s["algo"] in (*WITH_LABELS, "bp") else s["views"], "Pool": s["pool"],
             "Missing": s["missing"], "Wrong": s["label_noise"],
             "Epochs": f"{s['epochs']}" + (f" + {s['head_epochs']}" if stages(s) == 2 else ""),
-            "Seeds": ", ".join(map(str, seeds)),
+            "Seeds": ", ".join(str(run.settings["seed"]) for run in runs),
             "Validation %": spread([run.accuracy("val") for run in runs]),
             "Test %": spread([run.accuracy("test") for run in runs]),
             "Converged": spread([epochs_to_convergence(s, log) for log in logs], 0),
@@ -334,20 +332,24 @@ def draw_by_setting(axis, groups, varied):
     """Accuracy against what varies, mean and deviation of the seeds; what has no margins, level.
     On validation data, as in Figs. 4b, 7; for Table 4's settings, which change those, on test."""
     part = "test" if varied in ("missing", "label_noise") else "val"
-    values = [runs[0].images[0] if varied == "limit" else runs[0].settings[varied]
-              for runs in groups]
-    ticks = sorted(set(values), key=lambda x: (len(x), x) if isinstance(x, str) else x)
+    level = set(NAMES) - {"cffm"} if varied in ("m0", "mL", "decay") else set()
+
+    def place(runs):                            # in order: numbers as they are, names by length
+        value = runs[0].images[0] if varied == "limit" else runs[0].settings[varied]
+        return (len(value), value) if isinstance(value, str) else (0, value)
+    ticks = sorted({place(runs) for runs in groups if runs[0].settings["algo"] not in level})
     for algo in NAMES:
-        points = sorted((ticks.index(value), [run.accuracy(part) for run in runs])
-                        for value, runs in zip(values, groups) if runs[0].settings["algo"] == algo)
-        x, means = [place for place, _ in points], [statistics.mean(a) for _, a in points]
+        mine = sorted([runs for runs in groups if runs[0].settings["algo"] == algo], key=place)
+        seeds = [[run.accuracy(part) for run in runs] for runs in mine]
+        means = [statistics.mean(values) for values in seeds]
         look = {"color": COLOURS[algo], "label": NAMES[algo]}
-        if points and varied in ("m0", "mL", "decay") and algo != "cffm":
+        if mine and algo in level:
             axis.axhline(means[0], ls="--", **look)
-        elif points:
-            spreads = [statistics.stdev(a) if len(a) > 1 else 0 for _, a in points]
-            axis.errorbar(x, means, yerr=spreads, marker=MARKS[algo], capsize=3, **look)
-    axis.set_xticks(range(len(ticks)), ticks)
+        elif mine:
+            spreads = [statistics.stdev(values) if len(values) > 1 else 0 for values in seeds]
+            axis.errorbar([ticks.index(place(runs)) for runs in mine], means, yerr=spreads,
+                          marker=MARKS[algo], capsize=3, **look)
+    axis.set_xticks(range(len(ticks)), [value for _, value in ticks])
     axis.set(xlabel=varied, ylabel="accuracy, %")
 
 

@@ -491,11 +491,11 @@ class Run:
     def start(self):
         """Make the folder and write down every setting, the data, versions and device."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        cuda = self.device.type == "cuda"
         write(self.folder / "config.json", json.dumps({
             "command": shlex.join(["python", *sys.argv]), "settings": self.settings,
             "data": self.facts, "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else
+            platform.machine(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "torchvision": torchvision.__version__}}, indent=1) + "\n")
 

@@ -1,0 +1,362 @@
+"""The classroom's own tests: each mistake that students make is noticed, and told in words.
+
+    python -m pytest -q classroom
+"""
+import inspect
+import itertools
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from grade import ROOT, TASKS, TEST_FILES, grade, in_place_of, template
+
+import cff              # found by the path that grade.py sets
+import losses
+import pipeline
+import test_by_hand
+import test_cff
+import test_pipeline
+import vit
+
+HERE = Path(__file__).resolve().parent
+TESTS = {**vars(test_by_hand), **vars(test_cff), **vars(test_pipeline)}
+
+
+# ------------------------------------------------------------------------------ the zoo of mistakes
+
+# (task, module, name, from, to): changes of the project's functions; each must fail its task
+MISTAKES = [
+    # task01
+    (1, losses, "goodness", "h.square().mean(dim=1)", "h.square().sum(dim=1)"),
+    (1, losses, "goodness", "h.square().mean(dim=1)", "h.norm(dim=1) / h.shape[1]"),
+    (1, losses, "goodness", "h.square().mean(dim=1)", "h.square().mean()"),
+    (1, losses, "goodness", "h.square()", "h.detach().square()"),
+    (1, losses, "ff_loss", "softplus(threshold - g_pos) + softplus(g_neg - threshold)",
+     "softplus(g_pos - threshold) + softplus(threshold - g_neg)"),      # the signs
+    (1, losses, "ff_loss", "softplus(g_neg - threshold)", "softplus(g_neg)"),
+    (1, losses, "ff_loss", ".mean() / 2", ".mean()"),
+    (1, losses, "ff_loss", "softplus(threshold - g_pos)",
+     "torch.log(1 + torch.exp(threshold - g_pos))"),                    # overflows
+    # task02
+    (2, losses, "contrastive_loss", "_log_sum_exp(s / temperature, P | N)",
+     "(s / temperature).logsumexp(dim=1)"),                             # i itself in A(i)
+    (2, losses, "contrastive_loss", "P | N", "N"),                      # no positives in the sum
+    (2, losses, "contrastive_loss", " / _size(P)", ""),                 # 1/|P| dropped
+    (2, losses, "contrastive_loss", "-((s / temperature", "-((s"),
+    (2, losses, "contrastive_loss", "_mean_over_anchors(L_i, P)", "L_i[P.any(dim=1)].sum()"),
+    (2, losses, "contrastive_loss", "_mean_over_anchors(L_i, P)", "L_i.mean()"),    # all rows
+    (2, losses, "contrastive_loss", "_mean_over_anchors(L_i, P)",
+     "_mean_over_anchors(L_i, P).detach()"),
+    (2, losses, "contrastive_loss", "_size(P)\n    return _mean_over_anchors(L_i, P)",
+     "P.sum(dim=1)\n    return L_i.nanmean()"),                         # its gradient is nan
+    (2, losses, "contrastive_loss", "P, N = _sets(y)",                  # i taken out by its value
+     "P, N = _sets(y); A = f @ f.T < 1 - 1e-9; P, N = P & A, N & A"),
+    (2, losses, "contrastive_loss", "_log_sum_exp(s / temperature, P | N)",
+     "((s / temperature).exp() * (P | N)).sum(dim=1).log()"),           # overflows
+    (2, losses, "contrastive_loss", "P, N = _sets(y)",                  # own view a negative
+     "P, N = _sets(y); own = torch.eye(len(y)).roll(len(y) // 2, 0).bool()\n"
+     "    P, N = P & ~own, N | own"),
+    (2, losses, "contrastive_loss",                                     # Eq. 12
+     "-((s / temperature - log_sum_A[:, None]) * P).sum(dim=1) / _size(P)",
+     "log_sum_A - _log_sum_exp(s / temperature, P) + _size(P).to(f).log()"),
+    # task03
+    (3, losses, "inner_contrastive_loss", " - _size(P).to(f).log()", ""),           # 1/|P| dropped
+    (3, losses, "inner_contrastive_loss", "- _size(P).to(f).log()", "+ _size(P).to(f).log()"),
+    (3, losses, "inner_contrastive_loss", "_log_sum_exp(s / temperature, P | N)",
+     "(s / temperature).logsumexp(dim=1)"),                             # i itself in A(i)
+    (3, losses, "inner_contrastive_loss", "_log_sum_exp(s / temperature, P)",
+     "_log_sum_exp(s, P)"),
+    (3, losses, "inner_contrastive_loss", "P | N", "N"),
+    (3, losses, "inner_contrastive_loss", "_log_sum_exp(s / temperature, P)",       # Eq. 3
+     "(s / temperature * P).sum(dim=1) / _size(P) + _size(P).to(f).log()"),
+    (3, losses, "inner_contrastive_loss", "_mean_over_anchors(L_i, P)",
+     "(L_i * P.any(dim=1)).sum() / P.any(dim=1).sum()"),                # nan
+    # task04
+    (4, losses, "marginal_contrastive_loss", "torch.where(P, Q, s)", "Q"),          # on negatives
+    (4, losses, "marginal_contrastive_loss", "_Q(s, margin)", "s + margin"),        # min forgotten
+    (4, losses, "marginal_contrastive_loss", "_Q(s, margin)", "s - margin"),
+    (4, losses, "marginal_contrastive_loss", "torch.where(P, Q, s)", "s"),          # not in Z
+    (4, losses, "marginal_contrastive_loss", "-(Q / temperature * P)",
+     "-(s / temperature * P)"),                                         # in Z alone
+    (4, losses, "marginal_contrastive_loss", " / _size(P)", ""),
+    (4, losses, "marginal_contrastive_loss", "_Q(s, margin)",
+     "_Q(s / temperature, margin) * temperature"),
+    (4, losses, "marginal_contrastive_loss", "_Q(s, margin)",           # R(i) has a gradient
+     "s + (_Q(s, margin) - s).detach()"),
+    (4, losses, "marginal_contrastive_loss",                            # overflows
+     "_log_sum_exp(torch.where(P, Q, s) / temperature, P | N)",
+     "((torch.where(P, Q, s) / temperature).exp() * (P | N)).sum(dim=1).log()"),
+    (4, losses, "marginal_contrastive_loss", "P | N", "P"),             # no sum over N(i) in Z
+    (4, losses, "marginal_contrastive_loss", "P, Q, s", "N, Q, s"),     # Q on N(i), s on P(i)
+    (4, losses, "saturated", "P & (", "("),
+    (4, losses, "saturated", "margin > 1", "margin < 1"),
+    (4, losses, "saturated", "f @ f.T + margin", "f @ f.T - margin"),
+    # task05
+    (5, losses, "grad_anchor", "-f[Rc].sum(dim=0)", "-f[P].sum(dim=0)"),    # saturated pairs, too
+    (5, losses, "grad_anchor", " / P.sum()", " / Rc.sum().clamp(min=1)"),
+    (5, losses, "grad_anchor", " / P.sum()", ""),
+    (5, losses, "grad_anchor", "(pull + push / Z) / temperature", "pull + push / Z"),
+    (5, losses, "grad_anchor", "(s[Rc] + margin)", "s[Rc]"),
+    (5, losses, "grad_anchor", "/ Z", "/ (Z - R.sum() * math.exp(1 / temperature))"),   # R not in Z
+    (5, losses, "grad_anchor", "pull + push / Z", "push / Z - pull"),
+    (5, losses, "grad_anchor", "pull + push / Z", "(pull + push) / Z"),
+    (5, losses, "grad_anchor", "if not P.any():", "if False:"),
+    (5, losses, "grad_anchor", " + torch.exp(s[N] / temperature) @ f[N]", ""),
+    # task06
+    (6, losses, "grad_positive", "if R[k]:", "if False:"),              # through a saturated pair
+    (6, losses, "grad_positive", "-1 / P.sum().to(f)", "-1"),
+    (6, losses, "grad_positive", "* f[i]", "* f[k]"),
+    (6, losses, "grad_positive", "* f[i] / temperature", "* f[i]"),
+    (6, losses, "grad_positive", "/ Z", "/ _around(f, y, k, margin, temperature)[-1]"),  # Z_k
+    (6, losses, "grad_positive", "s[k] + margin", "s[k]"),
+    (6, losses, "grad_negative", "torch.exp(s[k] / temperature)",
+     "torch.exp((s[k] + margin) / temperature)"),
+    (6, losses, "grad_negative", "/ Z", "/ _around(f, y, k, margin, temperature)[-1]"),  # Z_k
+    (6, losses, "grad_negative", "* f[i] / temperature", "* f[i]"),
+    (6, losses, "grad_negative", "if not P.any():", "if False:"),
+    (6, losses, "grad_negative", "* f[i]", "* f[k]"),
+    # task07
+    (7, cff, "cff_step", "x1 = f1.detach()\n        x2 = f2.detach()", "x1, x2 = f1, f2"),
+    (7, cff, "cff_step", "x1 = f1.detach()\n        x2 = f2.detach()",  # after the update
+     "x1, x2 = layer(x1).detach(), layer(x2).detach()"),
+    (7, cff, "cff_step", "x2 = f2.detach()", "x2 = f1.detach()"),       # one view for both
+    (7, cff, "cff_step", "model.pool(f2)", "model.pool(f1)"),
+    (7, cff, "cff_step", "x1, x2 = augment(x), augment(x)", "x1 = x2 = augment(x)"),
+    (7, cff, "cff_step", "normalize(f)", "f"),
+    (7, cff, "cff_step", "model.pool(f1), model.pool(f2)", "f1[:, 0], f2[:, 0]"),
+    (7, cff, "cff_step", "model.pool(f1), model.pool(f2)",              # an MLP has no tokens
+     "f1.mean(dim=1), f2.mean(dim=1)"),
+    (7, cff, "cff_step", "margins[l]", "margins[0]"),
+    (7, cff, "cff_step", "margins[l], temperature", "margins[l]"),
+    (7, cff, "cff_step", "if views == 1:",                              # two passes for one view
+     "if views == 1:\n        model.layers[0](model.patches(x))"),
+    (7, cff, "cff_step", "if views == 1:", "if False:"),
+    (7, cff, "cff_step", "        optimizers[l].zero_grad()\n", ""),
+    (7, cff, "cff_step", "    y = torch.cat([y, y])\n", ""),
+    (7, cff, "cff_step", "loss.detach()", "loss"),
+    # task08
+    (8, cff, "wrong_labels", "torch.randint(1,", "torch.randint(0,"),   # the true one among them
+    (8, cff, "wrong_labels", "torch.randint(1, num_classes", "torch.randint(1, num_classes - 1"),
+    (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = unit(f1)"),
+    (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = f1.detach()"),  # length not removed
+    (8, cff, "ff_step", "x1 = unit(f1).detach()",                       # each token by itself
+     "x1 = normalize(f1, dim=-1).detach()"),
+    (8, cff, "ff_step", "x1 = unit(f1).detach()", "x1 = unit(layer(x1)).detach()"),
+    (8, cff, "ff_step", "x2 = unit(f2).detach()", "x2 = unit(f1).detach()"),
+    (8, cff, "ff_step", "        optimizers[l].zero_grad()\n", ""),
+    (8, cff, "ff_step", "model.patches(x, y_wrong)", "model.patches(x, y)"),
+    (8, cff, "ff_step", "model.patches(x, y_wrong)",                    # of another image
+     "model.patches(x, y_wrong.flip(0))"),
+    (8, cff, "ff_step", "model.patches(x, y_wrong)",                    # another draw
+     "model.patches(augment(x), y_wrong)"),
+    (8, cff, "ff_step", "layer_goodness(model, x, y_wrong)",
+     "layer_goodness(model, augment(x), y_wrong)"),
+    (8, cff, "ff_step", "model.num_classes", "int(y.max()) + 1"),       # of those in the batch
+    (8, cff, "ff_step", "goodness(model.pool(f2))", "goodness(f2.flatten(1))"),
+    (8, cff, "ff_step", " + gamma2[l]", " + gamma1[l]"),
+    (8, cff, "ff_step", "loss_l.backward()", "loss_l.neg().backward()"),
+    # task09
+    (9, vit, "patchify", "permute(0, 2, 4, 1, 3, 5)", "permute(0, 4, 2, 1, 3, 5)"),  # by column
+    (9, vit, "patchify", "permute(0, 2, 4, 1, 3, 5)", "permute(0, 2, 4, 3, 5, 1)"),  # C last
+    (9, vit, "Attention", "q / d ** 0.5", "q"),
+    (9, vit, "Attention", "q / d ** 0.5", "q / E ** 0.5"),
+    (9, vit, "Attention", "softmax(dim=-1)", "softmax(dim=-2)"),
+    (9, vit, "Attention", "h.transpose(1, 2).reshape(B, T, E)", "h.reshape(B, T, E)"),
+    (9, vit, "Attention", "self.qkv(x)", "(x @ self.qkv.weight.T)"),    # no bias
+    (9, vit, "EncoderLayer", "self.attention(self.norm1(x)) + x",       # post-norm
+     "self.norm1(self.attention(x) + x)"),
+    (9, vit, "EncoderLayer", "self.attention(self.norm1(x)) + x", "self.attention(self.norm1(x))"),
+    (9, vit, "EncoderLayer", "self.mlp(self.norm2(z)) + z", "self.mlp(self.norm2(z)) + x"),
+    (9, vit, "EncoderLayer", "nn.GELU()", "nn.ReLU()"),
+    (9, vit, "EncoderLayer", "self.mlp(self.norm2(z))", "self.mlp(self.norm1(z))"),
+    # task10
+    (10, losses, "margins", "m0 + (mL - m0) * t", "mL + (m0 - mL) * t"),    # last layer first
+    (10, losses, "margins", "l / max(L - 1, 1)", "l / L"),
+    (10, losses, "margins", "(1 - t) ** 2", "(1 - t ** 2)"),
+    (10, losses, "margins", "(1 + math.cos", "(1 - math.cos"),
+    (10, pipeline, "longest_chain", "length.get(earlier, 0)", "length.get((0, earlier[1]), 0)"),
+    (10, pipeline, "longest_chain", '(row["process"] - 1, row["waited_for"])',
+     '(0, row["waited_for"])'),
+    (10, pipeline, "longest_chain", '(row["process"] + 1, row["waited_for"] - 1)',
+     '(1, row["waited_for"] - 1)'),
+    (10, pipeline, "longest_chain", '(row["process"], row["batch"] - 1)',
+     '(row["process"], row["batch"])'),
+    (10, pipeline, "longest_chain", '(row["process"] - 1, row["waited_for"])',
+     '(row["process"] - 1, row["waited_for"] - 1)'),
+    (10, pipeline, "longest_chain", '(row["process"] + 1, row["waited_for"] - 1)',
+     '(row["process"] + 1, row["waited_for"])'),
+    (10, pipeline, "longest_chain", "1 + max(", "max("),
+    (10, pipeline, "longest_chain", "(step[1], step[0])", "step"),      # by process first
+]
+
+
+def changed(module, name, old, new):
+    """A function or class of the project with a piece of its source replaced."""
+    source = re.sub(r" *# .*", "", inspect.getsource(getattr(module, name)))    # without comments
+    assert source.count(old) == 1, f"{name} has {source.count(old)} times {old!r}"
+    names = dict(vars(module))
+    exec(source.replace(old, new), names)
+    return names[name]
+
+
+def cases(test):
+    """The arguments of a test function, a dict for each of its cases, made as pytest makes them."""
+    grids = []
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            names, rows = re.split(", *", mark.args[0]), mark.args[1]
+            grids.append([dict(zip(names, row if len(names) > 1 else [row])) for row in rows])
+    wanted = inspect.signature(test).parameters
+    if "labelled" in wanted:
+        grids.append([{"labelled": case} for case in (("vit-8-2-3", "patch"),
+                                                      ("mlp-8-3", "one-hot"))])
+    for parts in itertools.product(*grids):
+        case = {name: value for part in parts for name, value in part.items()}
+        if "small" in wanted:
+            case["small"] = test_cff.small_case()
+        if "labelled" in wanted:
+            case["labelled"] = test_cff.small_case(*case["labelled"])
+        yield case
+
+
+def first_failure(number):
+    """What a task's first failing test raises; None if all pass."""
+    for name in TASKS[number][2]:
+        for case in cases(TESTS[name]):
+            try:
+                TESTS[name](**case)
+            except Exception as failure:
+                return failure
+    return None
+
+
+@pytest.mark.parametrize("number", TASKS)
+def test_each_mistake_fails_its_task_with_words_that_point_to_it(number):
+    mistakes = [mistake for mistake in MISTAKES if mistake[0] == number]
+    assert len(mistakes) >= 5 and first_failure(number) is None
+    for _, module, name, old, new in mistakes:
+        with in_place_of({(module, name): changed(module, name, old, new)}):
+            failure = first_failure(number)
+        assert failure is not None, f"task{number:02d}: {new!r} for {old!r} in {name} not noticed"
+        if isinstance(failure, AssertionError):     # others say what the student's code raised
+            words = str(failure).split("\nassert")[0]
+            points = re.search(r"Eq\. |Eqs\. |Sec\. |Algorithm 1|Fig\. |patching", words)
+            assert points, f"{new!r} in {name} fails with {words!r}"
+
+
+# --------------------------------------------------------------------------------- grading a file
+
+def graded(folder, *arguments):
+    """Run grade.py in a folder: (exit status, lines it prints, what it says on stderr)."""
+    command = [sys.executable, HERE / "grade.py", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=folder)
+    return run.returncode, run.stdout.splitlines(), run.stderr
+
+
+def test_the_classroom_grades_a_file(tmp_path):
+    """One task done, one wrong, one raises, one needs another, one is copied, the rest to do."""
+    done = "\n\n".join([inspect.getsource(losses.goodness), "softplus = F.softplus\n",
+                        inspect.getsource(losses.ff_loss)])
+    wrong = "def inner_contrastive_loss(f, y, temperature=0.15):\n    return f.sum()\n"
+    raises = "def grad_anchor(f, y, k, margin, temperature):\n    return f[k] @ f[k, 1:]\n"
+    needs = ("def cff_step(model, optimizers, x, y, *others, **more):\n"
+             "    return marginal_contrastive_loss(x, y, 0.4)\n")
+    copied = "from losses import margins\n"
+    mine = "\n\n".join([template(), done, wrong, raises, needs, copied])
+    (tmp_path / "mine.py").write_text(mine, encoding="utf-8")
+    status, lines, errors = graded(tmp_path, "mine.py")
+    text = "\n".join(lines)
+    assert status == 1 and not errors, errors
+    assert lines[0].startswith("mine.py takes margins from losses.py of the project"), text
+    found = {line.split()[0]: line for line in lines if line.startswith("task")}
+    assert list(found) == [f"task{number:02d}" for number in TASKS]
+    assert "done" in found["task01"] and "to do" in found["task02"], text
+    assert re.search(r"task03  \d+ of \d+ ", found["task03"]) and "four vectors, Eq. 12" in text
+    assert re.search(r"mine.py, line \d+, in grad_anchor, raised RuntimeError", text)
+    assert "to do" in found["task07"], text
+    assert lines[lines.index(found["task07"]) + 1].strip() == "to do: task04"
+    assert "to do" in found["task10"], text
+    status, lines, _ = graded(ROOT, tmp_path / "mine.py", "-k", "task01")   # from another folder
+    assert status == 0 and lines[1:] == [found["task01"]], lines
+    status, lines, _ = graded(tmp_path, "mine.py", "-k", "task11")
+    assert status == 1 and lines[-1].startswith("nothing to grade"), lines
+
+
+@pytest.mark.parametrize("text, reason", [("def goodness(h:", "SyntaxError"),
+                                          ("raise SystemExit(0)", "SystemExit")])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, capsys, text, reason):
+    mine = tmp_path / "mine.py"
+    mine.write_text(text, encoding="utf-8")
+    assert grade([str(mine)]) == 2
+    assert capsys.readouterr().err.startswith(f"{mine} cannot be read: {reason}")
+
+
+def test_the_template_has_every_task_and_graded_tests_exist(tmp_path):
+    status, lines, _ = graded(tmp_path, "--template")
+    assert status == 0 and "\n".join(lines) + "\n" == template()
+    for number, (_, names, tests) in TASKS.items():
+        for _, name in names:
+            assert any(re.match(rf"(def|class) {name}\(", line) for line in lines), name
+        assert set(tests) <= set(TESTS)
+
+
+# ------------------------------------------------------------------------------------- the README
+
+def page():
+    return (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_numbers_worked_by_hand_in_the_readme():
+    f, y, three = test_by_hand.FOUR, test_by_hand.TWO, torch.tensor([0, 0, 0, 1])
+    e, two = math.exp, torch.tensor([2.0])
+    Z_0 = e(0.8) + e(0) + e(-1)
+    anchor_0 = losses.grad_anchor(f, y, 0, 0.4, 1)
+    anchor_2 = losses.grad_anchor(f, y, 2, 0.4, 1)
+    positive = losses.grad_positive(f, y, 2, 3, 0.4, 1)
+    negative = losses.grad_negative(f, y, 0, 2, 0.4, 1)
+    same = normalize(torch.ones(6, 4))
+    shown = [
+        f"25 / 4 = {losses.goodness(torch.tensor([[3.0, 4, 0, 0]])).item()}",
+        f"ln 2 = {losses.ff_loss(two, two, 2.0):.4f}",
+        f"ln(e^0.8 + e^0 + e^-1) - 0.8 = {math.log(Z_0) - 0.8:.4f}; "
+        f"the loss is {losses.contrastive_loss(f, y, 1):.4f}",
+        f"-ln((e^0.8 + e^0) / 2 / {Z_0:.4f}) = {-math.log((e(0.8) + 1) / 2 / Z_0):.4f}; "
+        f"the loss is {losses.inner_contrastive_loss(f, three, 1):.4f}, "
+        f"Eq. 3's {losses.contrastive_loss(f, three, 1):.4f}",
+        f"the loss is {losses.marginal_contrastive_loss(f, y, 0.4, 1):.4f}, R(0) = {{1}}",
+        f"k = 0 gives ({anchor_0[0]:.4f}, {anchor_0[1]:.4f})",
+        f"k = 2 gives ({anchor_2[0]:.4f}, {anchor_2[1]:.4f})",
+        f"dL_2/df_3 = (0, {positive[1]:.4f})",
+        f"dL_0/df_2 = ({negative[0]:.4f}, 0)",
+        f"ln 5 = {losses.contrastive_loss(same, torch.tensor([0, 1, 2] * 2), 0.15):.4f}",
+        f"has {vit.patchify(torch.zeros(1, 1, 8, 12), 4).shape[1]} patches",
+        "in 4 layers: " + ", ".join(f"{m:.1f}" for m in losses.margins(0.4, 0.1, 4)),
+    ]
+    text = " ".join(page().split())
+    for number in shown:
+        assert number in text, f"not in README.md: {number}"
+
+
+def test_the_trace_worked_by_hand_in_the_readme():
+    rows = re.findall(r"(\d), (\d), (step|send|receive), (None|\d)", page())
+    trace = [{"process": int(process), "batch": int(batch), "event": event,
+              "waited_for": None if waited_for == "None" else int(waited_for)}
+             for process, batch, event, waited_for in rows]
+    assert len(trace) == 8 and pipeline.longest_chain(trace) == 3
+    assert "So 2 + 2 - 1 = 3; 5 batches give 6." in " ".join(page().split())
+
+
+def test_the_readmes_words_for_k_pick_tests():
+    sources = "".join(path.read_text(encoding="utf-8") for path in TEST_FILES)
+    tests = re.findall(r"^def (test_\w+)", sources, re.M)
+    rows = [line.split("|") for line in page().splitlines() if line.startswith("| ")][1:]
+    words = [word for row in rows for word in row[3].strip(" `").split(" or ")]
+    assert words
+    for word in words:
+        assert any(word in test for test in tests), f"-k {word} picks no test"

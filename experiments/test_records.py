@@ -1,0 +1,373 @@
+"""The page on results, held against the records: what experiments/README.md says, they hold.
+
+    python -m pytest experiments/test_records.py
+"""
+import csv
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import eval as evaluation
+import train
+
+RECORDS = HERE / "records"
+README = (HERE / "README.md").read_text(encoding="utf-8")
+NUMBER = r"(?<![\w.])\d+\.\d+(?![\w.]*\d)"
+FOLDERS = sorted(path.parent for path in RECORDS.glob("*/result.json"))
+
+
+def section(heading):
+    """The text under a heading, up to the next one of its level."""
+    level = heading.split()[0]
+    return re.split(rf"^#{{1,{len(level)}}} ", README.split(f"\n{heading}\n")[1], flags=re.M)[0]
+
+
+def commands(text):
+    """The indented lines of a text: what a reader pastes into a shell."""
+    return "".join(line[4:] + "\n" for line in text.splitlines() if line.startswith("    "))
+
+
+def records(what):
+    """(name, content) of the records of speed: pipeline-vit, pipeline-memory or speed."""
+    return [(path.name, json.loads(path.read_text()))
+            for path in sorted(RECORDS.glob(f"{what}*.json"))]
+
+
+def printed_speeds(capsys):
+    """All lines that speed.py prints of its records; of those of memory, the memory alone."""
+    import speed                                    # here, so that the other tests run without it
+    capsys.readouterr()
+    for _, record in records("speed"):
+        speed.show_speed(record)
+    for _, record in records("pipeline-vit"):
+        speed.show_pipeline_speed(record)
+    lines = capsys.readouterr().out.splitlines()
+    for _, record in records("pipeline-memory"):
+        speed.show_pipeline_speed(record)
+        lines.append(capsys.readouterr().out.splitlines()[-1])
+    return lines
+
+
+# ----------------------------------------------------------------------------- the printed tables
+
+def test_the_table_of_runs_is_what_eval_prints(capsys):
+    assert len(FOLDERS) > 100
+    evaluation.show_table(FOLDERS, markdown=True)
+    readme = set(README.splitlines())
+    missing = [line for line in capsys.readouterr().out.splitlines() if line not in readme]
+    assert not missing, "not in experiments/README.md: " + "\n".join(missing)
+
+
+def test_the_tables_of_speed_are_what_speed_prints(capsys):
+    readme, lines = set(README.splitlines()), printed_speeds(capsys)
+    missing = [line for line in lines if line not in readme]
+    assert len(lines) > 30 and not missing, "not in experiments/README.md: " + "\n".join(missing)
+
+
+# ----------------------------------------------------------------------------- claims and captions
+
+HERE_ARE = {        # number of the claim: the runs whose test accuracies stand first in "Here"
+    1: "cifar10-short-cff cifar10-short-ff cifar10-short-symba cifar10-short-collab",
+    2: "cifar10-short-cffm cifar10-short-cff mnist-cffm mnist-cff",
+    3: "cifar10-short-cffm cifar10-short-bp mnist-cffm mnist-bp",
+    4: "short-bp-randaug short-cffm-randaug cifar10-short-bp cifar10-short-cffm",
+    6: "short-cffm-missing80-long short-bp-missing80-long short-cffm-wrong40 short-bp-wrong40",
+    7: "cifar10-short-ff-s0 short-ff-head-s0 cifar10-short-symba-s0 short-symba-head-s0",
+    8: "short-cffm-randaug short-cffm-token",
+    9: "short-cffm-views1 cifar10-short-cffm",
+    10: "fig7-32-cffm-s0 fig7-32-bp-s0 cifar10-short-cffm-s0 cifar10-short-bp-s0 "
+        "fig7-128-cffm-s0 fig7-128-bp-s0",
+}
+
+
+def shown(part="test"):
+    """{run or group of seeds: its accuracy as it is printed}."""
+    of = {}
+    for runs in evaluation.read_groups(FOLDERS):
+        of |= {run.name: evaluation.spread([run.accuracy(part)]) for run in runs}
+        if len(runs) > 1:
+            of[re.sub(r"-s\d+$", "", runs[0].name)] = evaluation.spread(
+                [run.accuracy(part) for run in runs])
+    return of
+
+
+def test_the_claims_have_the_accuracies_of_their_runs_in_order():
+    of = shown()
+    rows = re.findall(r"^\| (\d+) \|.*\|([^|]+)\|[^|]+\|$", section("## The claims"), flags=re.M)
+    cells = {int(number): numbers_of(cell) for number, cell in rows}
+    for number, names in HERE_ARE.items():
+        expected = [of[name] for name in names.split()]
+        assert cells[number][:len(expected)] == expected, f"claim {number}"
+
+
+def test_the_sentences_have_the_accuracies_of_their_runs():
+    of, val = shown(), shown("val")
+    mlp, short = "cifar10-mlp-", "cifar10-short-"
+    text = " ".join(section("## The claims").split())
+    for said in (
+            f"CFF {of[mlp + 'cff-edge']}, FF {of[mlp + 'ff']}, "
+            f"FF Collab {of[mlp + 'collab-lr003']}, SymBa {of[mlp + 'symba-lr003']}, where",
+            f"(SymBa {of[mlp + 'symba']} with `--lr 0.1`, {of[mlp + 'symba-80']} after twice",
+            f"{of['mnist-cff']} against {of['mnist-ff']}, {of['mnist-symba']} and "
+            f"{of['mnist-collab']}",
+            f"CIFAR-10 {of[mlp + 'cffm-edge']} against {of[mlp + 'cff-edge']}",
+            f"{val[short + 'cffm']} against {val[short + 'cff']}, and with seed 0 alone "
+            f"{val['short-cffm-m02-s0']}, {val[short + 'cffm-s0']}, {val['short-cffm-m06-s0']}, "
+            f"{val['short-cffm-m08-s0']} at",
+            f"and {val[short + 'cff-s0']} without",
+            f"{of['fig7-128-cffm-s0']} against {of['fig7-128-bp-s0']}",
+            f"{of['cifar10-full-cffm-s0']} against {of['cifar10-full-bp-s0']}",
+            f"{of['mnist800-cffm']} against {of['mnist800-bp']} on MNIST and "
+            f"{of[mlp + 'cffm-flip']} against {of[mlp + 'bp']} on CIFAR-10",
+            f"behind in the short runs, {of['short-bp-lr00005']}",
+            f"from {of[short + 'cffm']} / {of[short + 'bp']} with all",
+            f"{of['short-cffm-missing80']} / {of['short-bp-missing80']} (50 % missing: "
+            f"{of['short-cffm-missing50']} / {of['short-bp-missing50']})",
+            f"from {of['short-cffm-randaug']} / {of['short-bp-randaug']}, also at 20 % "
+            f"({of['short-cffm-wrong20']} / {of['short-bp-wrong20']})",
+            f"{val['fig7-128-cffm-s0']} against {val['fig7-128-bp-s0']}, and "
+            f"{val['fig7-128-bp-lr0001']} at half",
+            f"SCL has {of['shapes-scl']}, BP {of['shapes-bp']}, CFF+M {of['shapes-cffm']}, CFF "
+            f"{of['shapes-cff']}, FF Collab {of['shapes-collab']}, FF {of['shapes-ff']} and SymBa "
+            f"{of['shapes-symba']}"):
+        assert said in text, f"not said: {said}"
+
+
+def test_the_claims_have_the_speeds_of_their_records():
+    text = " ".join(section("## The claims").split())
+    [(_, speed)], [(_, piped), _] = records("speed"), records("pipeline-vit")
+    steps, one, two = speed["methods"], "CFF+M, 1 view", "CFF+M, 2 views"
+    gain, to_bp = (statistics.median(piped["methods"][one][what]) for what in ("gain", "to_bp"))
+    with_two = statistics.median(piped["methods"][two]["to_bp"])
+    passes = speed["inference"]["FF, a pass for each class"]["ratio"]
+    for said in (f"a step {steps[one]['ratio']:.2f} / {steps[two]['ratio']:.2f} of BP's",
+                 f"time {passes:.1f} to 1.0", f"half as fast ({with_two:.2f})",
+                 f"{gain:.2f} times one process, {to_bp:.2f} times BP on two"):
+        assert said in text, f"not said: {said}"
+
+
+def known_accuracies(part):
+    """Accuracies of all records on "test" or "val" data, means over seeds, and "m ± s" of them."""
+    known = set()
+    for runs in evaluation.read_groups(FOLDERS):
+        accuracies = [run.accuracy(part) for run in runs]
+        known |= {evaluation.spread([value]) for value in accuracies}
+        known |= {evaluation.spread(accuracies), evaluation.spread(accuracies).split(" ± ")[0]}
+    return known
+
+
+def numbers_of(text):
+    """Decimal numbers of a text, "58.0 ± 0.6" as one; not those of code or of a section's name."""
+    text = re.sub(r"`[^`]*`|Secs?\. [\d.]+", "", text)
+    return re.findall(rf"{NUMBER}(?: ± \d+\.\d+)?", text)
+
+
+def paper_rows():
+    with open(HERE / "paper.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+THE_PAPERS = {      # number of the claim: the rows of paper.csv in "Paper", in its order
+    1: ["1 vit-128-4-5 cff", "1 vit-128-4-5 ff", "1 vit-128-4-5 symba", "1 vit-128-4-5 collab"],
+    2: ["1 vit-128-4-5 cffm", "1 vit-128-4-5 cff", "1 mlp-500-3 cffm", "1 mlp-500-3 cff"],
+    3: ["3 vit-128-4-5 crop cffm", "3 vit-128-4-5 crop bp", "3 mlp-500-3 cffm", "3 mlp-500-3 bp"],
+    4: ["3 vit-128-4-5 crop+randaug bp", "3 vit-128-4-5 crop+randaug cffm",
+        "3 vit-128-4-5 crop bp", "3 vit-128-4-5 crop cffm"],
+    6: ["4 missing 0.8 cffm", "4 missing 0.8 bp", "4 noise 0.4 cffm", "4 noise 0.4 bp"],
+    7: ["1 vit-128-4-5 ff", "2 vit-128-4-5 head ff", "1 vit-128-4-5 symba",
+        "2 vit-128-4-5 head symba"],
+    8: ["5 vit-128-4-5 mean cffm", "5 vit-128-4-5 token cffm"],
+    9: ["3 vit-128-4-5 crop cffm", "6 vit-128-4-5 crop views difference cffm"],
+}
+
+
+def test_the_claims_have_the_papers_numbers_in_order():
+    """Each word of a row's description stands in it; no two rows of that description differ."""
+    rows = re.findall(r"^\| (\d+) \|[^|]*\|([^|]+)\|", section("## The claims"), flags=re.M)
+    cells = {int(number): numbers_of(cell) for number, cell in rows}
+    for number, descriptions in THE_PAPERS.items():
+        for shown, description in zip(cells[number], descriptions, strict=True):
+            table, *words, method = description.split()
+            found = {row["value"].lstrip("-") for row in paper_rows()
+                     if (row["table"], row["method"]) == (table, method)
+                     and row["quantity"].startswith("accuracy")
+                     and all(word in re.split("[ _]", " ".join(row.values())) for word in words)}
+            assert found == {shown}, f"claim {number}, {description}"
+
+
+def test_the_numbers_of_the_claims_are_the_records_the_papers_or_the_speeds(capsys):
+    speeds = set(re.findall(NUMBER, "\n".join(printed_speeds(capsys))))
+    accuracies, validated = known_accuracies("test"), known_accuracies("val")
+    values = " ".join(row["value"] for row in paper_rows())
+    paper = set(re.findall(NUMBER, values)) | {"1.8"}       # Sec. 5.1 has that in its text alone
+    claims = section("## The claims")
+    rows = [line.strip("|").split("|") for line in re.findall(r"^\| \d.*", claims, flags=re.M)]
+    assert len(rows) == 11
+    for _, claim, of_paper, here, holds in rows:
+        assert holds.strip() in ("yes", "no", "partly", "not tested")
+        assert not numbers_of(claim)
+        unknown = set(numbers_of(of_paper)) - paper
+        assert not unknown, f"{claim.strip()}: not in paper.csv: {unknown}"
+        unknown = set(numbers_of(here)) - accuracies - speeds
+        assert not unknown, f"{claim.strip()}: in no record: {unknown}"
+    text = re.sub(r"^\|.*", "", claims + section("## The pictures"), flags=re.M)
+    seen = 0
+    for sentence in re.split(r"\.\s|\n\n", text):
+        sentence, shown = " ".join(sentence.split()), accuracies | speeds | paper
+        if "validation accuracy" in sentence:
+            shown = validated
+        numbers = set(numbers_of(sentence))
+        seen += len(numbers)
+        assert numbers <= shown, f"in no record: {numbers - shown}: {sentence}"
+    assert seen > 50
+
+
+def test_every_claim_that_does_not_simply_hold_is_explained_in_three_sentences():
+    claims = section("## The claims")
+    holds = dict(re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", claims, flags=re.M))
+    notes = dict(re.findall(r"^(\d+)\. \*\*.*?\*\* (.*?)(?=^\d+\. |^\n)", claims,
+                            flags=re.M | re.S))
+    assert {number for number, said in holds.items() if said != "yes"} <= set(notes)
+    for number, note in notes.items():
+        assert len(re.findall(r"\.(?=\s)", note)) <= 3, f"note {number} is longer"
+
+
+def test_the_epochs_of_convergence_are_those_of_the_records():
+    epochs = {}
+    for algo in ("cffm", "ff", "bp"):
+        record = evaluation.read_record(RECORDS / f"mnist-constant-{algo}-s0")
+        v = evaluation.choosing_losses(record.settings, record.log)
+        epochs[algo] = [next(epoch for epoch, value in enumerate(v, start=1)
+                             if v[0] - value >= share * (v[0] - min(v)))
+                        for share in (0.99, 0.95, 0.9)]
+    (a, b, c), (A, B, C), (x, y, z) = epochs.values()
+    text = " ".join(section("## The claims").split())
+    for said in (f"in epoch {a} by CFF+M and {A} by FF, 95 % in {b} and {B}, 90 % in {c} and {C}",
+                 f"takes {x}, {y} and {z}", f"CFF+M after {a} epochs, FF after {A}"):
+        assert said in text
+    epoch = evaluation.read_record(RECORDS / "cifar10-mlp-bp").result["best_epoch"]
+    assert f"BP's weights are of epoch {epoch}" in text
+
+
+def test_what_is_said_of_each_seed_is_so():
+    def of_seeds(*names):
+        return [evaluation.read_record(RECORDS / name).accuracy("test") for name in names]
+
+    margins = of_seeds("cifar10-short-cffm-s0", "cifar10-short-s1", "cifar10-short-s2")
+    none, cffm, bp = (of_seeds(*(f"{name}-s{seed}" for seed in range(3))) for name in (
+        "cifar10-short-cff", "short-cffm-missing80-long", "short-bp-missing80-long"))
+    text = " ".join(section("## The claims").split())
+    assert all(a > b for a, b in zip(margins, none)) and "with each of the three seeds" in text
+    assert all(a > b for a, b in zip(cffm, bp)) and "CFF+M is ahead with each seed" in text
+
+
+def test_what_the_probe_loses_by_augmented_images_is_that_of_the_records():
+    losses = []
+    for algo in ("ff", "symba"):
+        logs = [evaluation.read_log(RECORDS / name)
+                for name in (f"cifar10-short-{algo}-s0", f"short-{algo}-head-s0")]
+        losses.append(statistics.mean(b["probe"] - a["probe"] for a, b in zip(*logs)))
+    text = "costs FF {:.0f} points and SymBa {:.0f} on average".format(*losses)
+    assert text in " ".join(section("## The pictures").split())
+
+
+def test_the_parts_of_the_short_recipe_have_the_records_validation_accuracies():
+    table = dict(re.findall(r"^\|[^|]*\| `(short15[^`]*)` \| ([^|]+) \|", README, flags=re.M))
+    assert set(table) == {path.name for path in FOLDERS if path.name.startswith("short15")}
+    for name, shown in table.items():
+        value = evaluation.read_record(RECORDS / name).accuracy("val")
+        assert shown == f"{value:.1f}", f"{name} has {value} % on validation data"
+
+
+# ------------------------------------------------------------------------------------- the commands
+
+@pytest.fixture(scope="module")
+def commands_of_records():
+    """{name of the run's folder: arguments of train.py}, as a shell makes them of the commands."""
+    if not shutil.which("bash"):
+        pytest.skip("the commands are expanded by bash")
+    script = "python() { printf '%q ' \"$@\"; echo; }\n" + commands(section("### The commands"))
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    calls = [shlex.split(line)[1:] for line in done.stdout.splitlines()
+             if line.startswith("train.py ")]
+    named = {Path(call[call.index("--out") + 1]).name: call for call in calls}
+    assert len(named) == len(calls), "two commands write to the same folder"
+    return named
+
+
+def test_every_record_has_its_command_and_every_command_its_record(commands_of_records):
+    assert set(commands_of_records) == {path.name for path in FOLDERS}
+
+
+def test_each_command_has_the_settings_of_its_record(commands_of_records, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, arguments in commands_of_records.items():
+        record = evaluation.read_record(RECORDS / name)
+        settings, _ = train.parse(arguments)
+        different = {key: (settings[key], value) for key, value in record.settings.items()
+                     if key in train.SETTINGS and settings[key] != value
+                     and key not in ("out", "data_dir", "device", "recipe")}
+        assert not different, f"{name}: (by its command, in its record): {different}"
+
+
+def test_the_commands_for_the_papers_rows_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, seen = section("## The paper's tables, row by row"), 0
+    short = dict(re.findall(r'(\w+)\(\) \{ python train\.py (.*) "\$@"; \}', README))
+    assert {"c10", "mlp"} <= set(short)
+    for line in re.findall(r"`((?:c10|mlp|python train\.py)(?: [^`]*)?)`", text):
+        for word, meant in (*short.items(), ("python train.py", "")):
+            if line.startswith(word):
+                train.parse(shlex.split(meant + line[len(word):]))
+                seen += 1
+    assert seen > 25
+    models = re.findall(r"`(vit-[\d-]+)`", text)
+    assert len(models) == 8 and all(train.plain_name(model) == model for model in models)
+
+
+def test_the_records_that_commands_name_are_there():
+    text = re.sub(r"\$R\b", "experiments/records", README)
+    named = set(re.findall(r"experiments/records/[^\s`)]+", text))
+    assert len(named) > 8
+    for name in named:
+        pattern = re.sub(r"-N\.json", "-*.json", name)
+        assert list(ROOT.glob(pattern.rstrip("/"))), f"{name}: no such record"
+    for name in set(re.findall(r"`((?:cifar10|short|mnist|shapes)-[\w-]*\w)`", README)):
+        assert list(RECORDS.glob(name + "*")), f"{name}: no such record"
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (HERE / picture).exists(), f"no picture {picture}"
+
+
+# -------------------------------------------------------------------------------------- the page
+
+def test_no_cell_of_a_table_is_a_paragraph():
+    skipped, pages = {"data", "runs", "venv", "node_modules"}, []
+    for path in ROOT.rglob("*.md"):
+        parts = path.relative_to(ROOT).parts
+        if not any(part.startswith(".") or part in skipped for part in parts):
+            pages.append(path)
+    assert HERE / "README.md" in pages
+    for page in pages:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            for cell in re.split(r"(?<!\\)\|", line) if line.startswith("|") else []:
+                assert len(cell.strip()) <= 180, f"{page.relative_to(ROOT)}: {cell.strip()}"
+
+
+def test_the_page_is_no_longer_than_500_lines_and_prose_no_wider_than_140():
+    lines = README.splitlines()
+    assert len(lines) < 500
+    wide = [line for line in lines if len(line) > 140 and not line.startswith("|")]
+    with_versions = [line for line in wide if "torch 2." in line]       # headings of printed tables
+    assert wide == with_versions, wide

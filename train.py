@@ -549,13 +549,12 @@ class Run:
 
     def test_model(self):
         """Accuracy of the weights on test and validation data, written to result.json."""
-        s, result = self.settings, {}
+        s, state, result = self.settings, self.state, {}
         for part, (images, y) in (("test", self.test), ("val", self.val)):
             found = accuracy(self.model, images, y, self.normalise, s)
             result |= {f"{part}_top{k}": value for k, value in found.items()}
-        result |= {"metric": METRIC.get(s["dataset"], "top1"),
-                   "best_epoch": self.state["encoder_epoch"],
-                   "seconds": round(sum(row["seconds"] for row in self.state["log"]), 1)}
+        result |= {"metric": METRIC.get(s["dataset"], "top1"), "best_epoch": state["encoder_epoch"],
+                   "seconds": round(sum(row["seconds"] for row in state["log"]), 1)}
         write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         return result
 

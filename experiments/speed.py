@@ -1,0 +1,420 @@
+"""What a training step, inference and the pipeline cost: Tables 2 and 6, and Section 5.1.
+
+    python experiments/speed.py --model vit-128-4-5
+    torchrun --nproc-per-node 2 experiments/speed.py --model vit-128-4-2 --batch-size 64
+
+Prints Markdown tables, of random images of a data set's sizes: training steps by method, against BP
+and against the rate of matrix products; augmentation against torchvision's in a DataLoader;
+inference; memory by depth. Under torchrun: layers trained in parallel (pipeline.py) against one
+process, and against BP by DistributedDataParallel. --json FILE keeps the numbers.
+"""
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from cff import encode, predict, update
+from eval import print_table
+from pipeline import connect, gather, take_part
+from train import defaults, make_augment, make_model, make_optimizers, make_step
+from vit import plain_name
+
+METHODS = {"BP": ("bp", 1), "CFF+M, 1 view": ("cffm", 1), "CFF+M, 2 views": ("cffm", 2),
+           "FF": ("ff", 1), "SymBa": ("symba", 1), "FF Collab": ("collab", 1)}  # --algo, --views
+KINDS = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
+         "cifar100": ((3, 32, 32), 100), "tinyimagenet": ((3, 64, 64), 200)}     # an image, classes
+
+
+# ------------------------------------------------------------------------------------ the machine
+
+def keep_memory():
+    """Let glibc (Linux) keep the memory that a step has freed: to fetch it anew costs time."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)                      # M_MMAP_MAX: large blocks come from the heap as well
+        mallopt(-1, -1)                     # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def describe_device(device):
+    """The GPU's name, or the processor's and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info, name = Path("/proc/cpuinfo"), platform.processor()
+    if info.exists():
+        found = re.search(r"model name\s*: (.*)", info.read_text())
+        name = found[1] if found else name
+    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_of(work, device):
+    """What the function `work` needs at its peak beyond what is there before, in MB; None where
+    that cannot be measured."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+
+    def status(key):                                            # /proc has it in kB
+        return 1024 * int(re.search(key + r":\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+    Path("/proc/self/clear_refs").write_text("5")               # forgets the peak
+    before = status("VmRSS")
+    work()
+    return (status("VmHWM") - before) / 1e6
+
+
+# -------------------------------------------------------------------------------- what is measured
+
+def random_labels(n, classes):
+    """n labels, each class that occurs at least twice: a contrastive loss needs a pair."""
+    half = torch.randint(classes, (n // 2,))
+    return torch.cat([half, half, half[:n % 2]])
+
+
+def random_run(method, name, dataset, batch_size, device, **changes):
+    """What it takes to train the model `name` by one of METHODS, with a batch x, y of random pixels
+    and labels. changes: settings other than the method's own on this data set."""
+    torch.manual_seed(0)
+    algo, views = METHODS[method]
+    shape, classes = KINDS[dataset]
+    s = defaults(dataset, algo) | {"model": name, "views": views} | changes
+    facts, generator = {"image_shape": shape, "num_classes": classes}, torch.Generator(device)
+    augment = make_augment(s["augment"], s["padding"], shape[0] * [0.5], shape[0] * [0.25],
+                           generator)
+    x = torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device)
+    return SimpleNamespace(settings=s, facts=facts, model=make_model(s, facts).to(device), x=x,
+                           y=random_labels(batch_size, classes).to(device), augment=augment,
+                           generator=generator)
+
+
+def random_step(*case):
+    """A function that makes one training step, for the arguments of `random_run`."""
+    run = random_run(*case)
+    optimizers = make_optimizers(run.model, run.settings)
+    step = make_step(run.settings, run.model, optimizers, run.augment, run.generator)
+    return lambda: step(run.x, run.y)
+
+
+def step_memory(case):
+    """`peak_of` two training steps: activations, gradients and the optimizers' moments."""
+    method, name, dataset, batch_size, device = case
+    random_step(method, name, dataset, 8, device)()     # libraries are loaded, whatever the method
+    return peak_of(repeat(2, random_step(*case)), device)
+
+
+def measure_memory(cases):
+    """`step_memory` of each case (method, name, dataset, batch_size, device), in a fresh process
+    each: {(method, name): MB, or None where it cannot be measured}.
+
+    There large blocks go back to the system when they are freed: what is left is what the method
+    holds, without what the C library's allocator keeps in reserve.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"            # for the new processes' glibc
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {case[:2]: MB for case, MB in zip(cases, pool.map(step_memory, cases, chunksize=1))}
+
+
+def make_inference(name, dataset, n, device):
+    """Functions that classify n random images: CFF+M in one pass; FF with a head, and by class."""
+    cffm, ff = (random_run(method, name, dataset, n, device) for method in ("CFF+M, 1 view", "FF"))
+    images = cffm.augment(cffm.x)
+    return {"CFF+M, one pass": lambda: predict(cffm.model, images, "cffm"),
+            "FF, with head": lambda: predict(ff.model, images, "ff", head=True),
+            "FF, a pass for each class": lambda: predict(ff.model, images, "ff")}
+
+
+def timed(functions, rounds):
+    """Seconds of each of {name: function}, called in turn `rounds` times after a warm-up: lists.
+
+    In turn, so that a machine whose speed drifts hurts all alike; ratios are taken in a round.
+    """
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function().sum().item()                             # waits for a GPU to finish
+            seconds[name].append(time.perf_counter() - start)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def repeat(n, step):
+    """A function that makes n steps and returns what the last one does."""
+    def steps():
+        for _ in range(n):
+            result = step()
+        return result
+    return steps
+
+
+def matrix_product(device):
+    """A function that multiplies two square matrices, and the operations of that."""
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device)
+    return lambda: matrix @ matrix, 2 * size ** 3
+
+
+def one_by_one(transform, images):
+    return torch.stack([transform(image) for image in images])
+
+
+def augment_speed(dataset, batch_size, rounds, device, n=20):
+    """Time n batches augmented at once, and image by image by torchvision in a DataLoader with two
+    processes: {kind: {"seconds": of our batch, "images": a second, "loader": its, "ratio"}}."""
+    record = {}
+    for kind in ("crop", "crop+randaug"):
+        run = random_run("CFF+M, 1 view", "vit-8-2-1", dataset, batch_size, device, augment=kind)
+        theirs = [transforms.RandAugment(3, 14)] if "randaug" in kind else []
+        theirs += [transforms.RandomCrop(run.x.shape[-2:], run.settings["padding"]),
+                   transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                   transforms.Normalize(0.5, 0.25)]
+        loader = DataLoader(n * [to_pil_image(image) for image in run.x.cpu()], batch_size,
+                            num_workers=2, persistent_workers=True,
+                            collate_fn=partial(one_by_one, transforms.Compose(theirs)))
+        times = timed({"ours": repeat(n, lambda: run.augment(run.x)),
+                       "loader": lambda: list(loader)[-1]}, rounds)
+        ours, loaders = (statistics.median(seconds) for seconds in times.values())
+        ratios = [b / a for a, b in zip(times["ours"], times["loader"])]
+        record[kind] = {"seconds": ours / n, "images": n * batch_size / ours,
+                        "loader": n * batch_size / loaders, "ratio": statistics.median(ratios)}
+    return record
+
+
+def summary(times, base):
+    """Median, least and most of `times`, and the median of their ratios to those of `base`."""
+    return {"seconds": statistics.median(times), "min": min(times), "max": max(times),
+            "ratio": statistics.median(t / b for t, b in zip(times, base))}
+
+
+# ------------------------------------------------------------------- one process (Tables 2 and 6)
+
+def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=100):
+    """Measure training steps, inference of n images and memory; the record `show_speed` prints."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # first: what memory is held by then is slow to write as long as the loader's processes live
+    augment = augment_speed(dataset, batch_size, rounds, device)
+    case, flops = (name, dataset, batch_size, device), {}
+    steps = {method: random_step(method, *case) for method in METHODS}
+    for method, step in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops[method] = counter.get_total_flops()
+    product, operations = matrix_product(device)
+    times = timed({**steps, "matrix": product}, rounds)
+    rate = operations / statistics.median(times["matrix"])                          # FLOP/s
+    inference = timed(make_inference(name, dataset, n, device), rounds)
+    deep, compared = {L: re.sub(r"\d+$", str(L), name) for L in depths}, list(METHODS)[:2]
+    memory = measure_memory([(method, *case) for method in METHODS] + [
+        (method, model, *case[1:]) for method in compared for model in deep.values()])
+    methods = {method: {
+        **summary(times[method], times["BP"]), "gigaflop": flops[method] / 1e9,
+        "share": flops[method] / rate / statistics.median(times[method]),
+        "megabytes": memory.get((method, name))} for method in METHODS}
+    base = inference["CFF+M, one pass"]
+    return {"command": shlex.join(["python", *sys.argv]), "device": describe_device(device),
+            "torch": torch.__version__, "model": name, "dataset": dataset,
+            "batch_size": batch_size, "rounds": rounds, "gigaflops": rate / 1e9,
+            "methods": methods, "augment": augment, "images": n,
+            "inference": {way: summary(t, base) for way, t in inference.items()},
+            "megabytes_by_depth": {method: {L: memory.get((method, model))
+                                            for L, model in deep.items()} for method in compared}}
+
+
+def show_speed(record):
+    """Print a record of `speed` as Markdown tables."""
+    print("A training step of {model} on {dataset}'s sizes, batch {batch_size}, on {device}, torch "
+          "{torch}; medians of {rounds} rounds. Matrix products alone reach {gigaflops:.0f} "
+          "GFLOP/s:\n".format(**record))
+    rows = [["Method", "Seconds (least-most)", "/ BP", "GFLOP", "Share of that rate",
+             "Peak memory, MB", "/ BP"]]
+    base = record["methods"]["BP"]["megabytes"]
+    for method, row in record["methods"].items():
+        memory = [f"{row['megabytes']:.0f}", f"{row['megabytes'] / base:.2f}"] if base else "--"
+        rows.append([method, f"{row['seconds']:.2f} ({row['min']:.2f}-{row['max']:.2f})",
+                     f"{row['ratio']:.2f}", f"{row['gigaflop']:.0f}", f"{row['share']:.0%}",
+                     *memory])
+    print_table(rows, markdown=True)
+    print("\nAugmenting a batch, and the same image by image in a DataLoader with two processes:\n")
+    rows = [["Augmentation", "ms a batch", "Share of a step of 2 views", "Images/s",
+             "Image by image, images/s", "Ratio"]]
+    for kind, row in record["augment"].items():
+        share = 2 * row["seconds"] / record["methods"]["CFF+M, 2 views"]["seconds"]
+        rows.append([kind, f"{1000 * row['seconds']:.1f}", f"{share:.1%}", f"{row['images']:.0f}",
+                     f"{row['loader']:.0f}", f"{row['ratio']:.0f}"])
+    print_table(rows, markdown=True)
+    print(f"\nInference, {record['images']} images at once:\n")
+    rows = [["Way", "ms an image (least-most)", "/ CFF+M"]]
+    for way, row in record["inference"].items():
+        ms = [1000 * row[key] / record["images"] for key in ("seconds", "min", "max")]
+        rows.append([way, f"{ms[0]:.2f} ({ms[1]:.2f}-{ms[2]:.2f})", f"{row['ratio']:.1f}"])
+    print_table(rows, markdown=True)
+    print("\nPeak memory of a step by the number of layers, MB:\n")
+    rows = [["Method", *record["megabytes_by_depth"]["BP"]]]
+    for method, by_depth in record["megabytes_by_depth"].items():
+        rows.append([method, *("-" if MB is None else f"{MB:.0f}" for MB in by_depth.values())])
+    print_table(rows, markdown=True)
+
+
+# -------------------------------------------------------------------- several processes (Sec. 5.1)
+
+def piped_steps(method, N, *case):
+    """A function that trains on one random batch N times, by all processes, each its layers."""
+    run = random_run(method, *case)
+    segment, _, step = take_part(run.settings, run.facts, run.model,
+                                 make_optimizers(run.model, run.settings), run.augment,
+                                 run.generator)
+
+    def epoch():
+        for _ in segment.epoch(N * [len(run.y)]):
+            step(run.x if segment.rank == 0 else run.y, run.y)
+        return run.y
+    return epoch
+
+
+def data_parallel_steps(N, *case):
+    """A function that trains N times by BP, each process on its share of the random batch."""
+    run = random_run("BP", *case)
+    x, y = (part.tensor_split(dist.get_world_size())[dist.get_rank()] for part in (run.x, run.y))
+    (optimizer,) = make_optimizers(run.model, run.settings)
+    # it averages the gradients of what it has called, so that needs to be one call
+    run.model.forward = lambda images: run.model.head(encode(run.model, images)[-1])
+    whole = DistributedDataParallel(run.model)
+
+    def epoch():
+        for _ in range(N):
+            update(optimizer, cross_entropy(whole(run.augment(x)), y))
+        return y
+    return epoch
+
+
+def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
+    """Time N batches in the first process alone and in all: by the pipeline, for BP by
+    DistributedDataParallel. The record that `show_pipeline_speed` prints, None but in the first.
+
+    Matrix products, as many in each process, tell what more processes can gain on this machine.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    n, case = dist.get_world_size(), (name, dataset, batch_size, device)
+    # a small step first, as in step_memory
+    piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", dataset, 8, device)()
+    memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device))
+    product = repeat(10, matrix_product(device)[0])
+    ways = {"Matrix products": (product, product)}              # of one process, of all together
+    for method in ("CFF+M, 1 view", "CFF+M, 2 views"):
+        ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)
+    ways["BP"] = repeat(N, random_step("BP", *case)), data_parallel_steps(N, *case)
+
+    def between_barriers(steps):            # from a moment at which all are ready to another
+        def run():
+            dist.barrier()
+            result = steps()
+            dist.barrier()
+            return result
+        return run
+
+    functions = {}
+    for what, (alone, together) in ways.items():
+        if dist.get_rank() > 0:
+            alone = lambda: torch.zeros(1)
+        functions |= {(what, 0): between_barriers(alone), (what, 1): between_barriers(together)}
+    times = timed(functions, rounds)
+    if memory is None:
+        return None
+    methods = {}
+    for what in ways:
+        work = n if what == "Matrix products" else 1    # of all processes to that of one alone
+        alone, together = times[what, 0], times[what, 1]
+        methods[what] = {"alone": statistics.median(alone), "together": statistics.median(together),
+                         "gain": [work * a / b for a, b in zip(alone, together)],
+                         "to_bp": [b / a for a, b in zip(together, times["BP", 1])]}
+    return {"command": shlex.join(["torchrun", "--nproc-per-node", str(n), *sys.argv]),
+            "device": describe_device(device), "torch": torch.__version__, "model": name,
+            "dataset": dataset, "batch_size": batch_size, "rounds": rounds, "batches": N,
+            "processes": n, "megabytes": memory, "methods": methods}
+
+
+def show_pipeline_speed(record):
+    """Print a record of `pipeline_speed` as a Markdown table."""
+    print("{batches} batches of {batch_size} random images of {dataset}'s sizes, {model}, "
+          "{processes} processes, {device}, torch {torch}; medians of {rounds} rounds "
+          "(least-most):\n".format(**record))
+    rows = [["What", "One process, s", f"{record['processes']} processes, s", "Gain",
+             "Gain / matrix products'", "Speed / BP's"]]
+    most = record["methods"]["Matrix products"]["gain"]
+    for what, row in record["methods"].items():
+        share = [gain / product for gain, product in zip(row["gain"], most)]
+        rows.append([what, f"{row['alone']:.1f}", f"{row['together']:.1f}", ranged(row["gain"]),
+                     ranged(share), "-" if what == "Matrix products" else ranged(row["to_bp"])])
+    print_table(rows, markdown=True)
+    if None not in record["megabytes"]:
+        print("\nPeak memory of the processes, one view, {model}, batch {batch_size}: ".format(
+            **record) + " + ".join(f"{MB:.0f}" for MB in record["megabytes"]) + " MB")
+
+
+def ranged(values):
+    """Median of values, their least and most: "1.80 (1.75-1.84)"."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+# ----------------------------------------------------------------------------------- command line
+
+def main(argv=None):
+    """The command line; what cannot be measured ends with one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=plain_name, default="vit-128-4-5", help="[vit-128-4-5]")
+    add("--dataset", choices=KINDS, default="cifar10", help="sizes of images, classes [cifar10]")
+    add("--batch-size", type=int, default=512, help="[512]")
+    add("--rounds", type=int, default=5, help="measured rounds, after one to warm up [5]")
+    add("--batches", type=int, default=20, help="with torchrun, of each measurement [20]")
+    add("--json", metavar="FILE", help="write the numbers there too")
+    args = parser.parse_args(argv)
+    processes = int(os.environ.get("WORLD_SIZE", 0))                # 0: not started by torchrun
+    if min(args.rounds, args.batches) < 1 or args.batch_size < max(2, processes):
+        parser.error("--rounds and --batches must be 1 or more, --batch-size 2 or more, and not "
+                     "less than the processes")
+    keep_memory()
+    case = args.model, args.batch_size, args.rounds
+    try:
+        random_run("BP", args.model, args.dataset, 2, torch.device("cpu"))  # a model that cannot be
+        if processes:
+            connect()
+            record, show = pipeline_speed(*case, args.batches, args.dataset), show_pipeline_speed
+            dist.destroy_process_group()
+        else:
+            record, show = speed(*case, args.dataset), show_speed
+        if record:                                                  # only the first process has it
+            show(record)
+        if record and args.json:
+            Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+    except (OSError, ValueError, RuntimeError) as reason:
+        parser.error(str(reason).splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()

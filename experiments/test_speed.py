@@ -1,0 +1,189 @@
+"""What speed.py measures (Tables 2 and 6, Section 5.1), small; and the paper's own numbers.
+
+    python -m pytest -q experiments/test_speed.py
+"""
+import csv
+import json
+import platform
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import speed
+import train
+import vit
+from test_pipeline import processes
+
+CPU = torch.device("cpu")
+
+
+def small_product(device):
+    """In the place of `speed.matrix_product`, which takes a fourth of a second."""
+    matrix = torch.randn(64, 64, device=device)
+    return lambda: matrix @ matrix, 2 * 64 ** 3
+
+
+# ------------------------------------------------------------------------- one process alone
+
+def test_table2_and_table6_speed_of_steps_and_inference(capsys, monkeypatch):
+    few = {method: speed.METHODS[method] for method in list(speed.METHODS)[:4]}
+    monkeypatch.setattr(speed, "METHODS", few)
+    monkeypatch.setattr(speed, "matrix_product", small_product)
+    monkeypatch.setattr(speed, "measure_memory",                # new processes take seconds each
+                        lambda cases: {case[:2]: 100.0 * len(case[1]) for case in cases})
+    record = speed.speed("vit-8-2-2", 8, 2, depths=(1, 10), n=4)
+    table = record["methods"]
+    assert list(table) == ["BP", "CFF+M, 1 view", "CFF+M, 2 views", "FF"]
+    assert table["BP"]["ratio"] == 1
+    for row in table.values():
+        assert row["min"] <= row["seconds"] <= row["max"] and row["share"] > 0
+    for method in ("CFF+M, 2 views", "FF"):             # views and passes are paid for in products
+        twice = 2 * table["CFF+M, 1 view"]["gigaflop"]
+        assert table[method]["gigaflop"] == pytest.approx(twice, rel=0.3)
+    assert list(record["inference"]) == ["CFF+M, one pass", "FF, with head",
+                                         "FF, a pass for each class"]
+    assert record["megabytes_by_depth"]["BP"] == {1: 900.0, 10: 1000.0}
+    assert list(record["augment"]) == ["crop", "crop+randaug"]
+    for row in record["augment"].values():
+        assert row["images"] * row["seconds"] == pytest.approx(8)
+    speed.show_speed(json.loads(json.dumps(record)))
+    out = capsys.readouterr().out
+    assert "| CFF+M, 2 views | " in out and "| crop+randaug | " in out
+    assert re.search(r"\| Method +\| 1 +\| 10 +\|", out)
+
+
+@pytest.mark.parametrize("dataset", speed.KINDS)
+def test_table6_every_method_steps_on_random_images_of_every_data_set(dataset):
+    for method in speed.METHODS:
+        losses = speed.random_step(method, "vit-8-2-2", dataset, 8, CPU)()
+        assert losses.isfinite().all(), method
+
+
+def test_table6_random_labels_have_pairs():
+    for n in range(2, 12):
+        counts = torch.bincount(speed.random_labels(n, 200))
+        assert counts.sum() == n and 1 not in counts
+
+
+def test_table6_memory_of_bp_grows_with_depth_and_that_of_cff_does_not():
+    cases = [("BP", 8), ("CFF+M, 1 view", 8), ("CFF+M, 1 view", 2)]     # a new process each
+    memory = speed.measure_memory([(method, f"vit-64-4-{L}", "cifar10", 64, CPU)
+                                   for method, L in cases])
+    bp, cff, cff_of_two_layers = memory.values()
+    if bp is not None:                                          # where it can be measured
+        assert cff < 1.5 * cff_of_two_layers and bp > 2 * cff
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_table6_freed_memory_is_kept():
+    import resource
+    speed.keep_memory()
+    faults = []
+    for n in (30_000_000, 25_000_000, 20_000_000):              # the last, 80 MB, in 20,000 pages
+        torch.ones(n)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[2] - faults[1] < 1000
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--batch-size", "1"], "--batch-size 2 or more"), (["--rounds", "0"], "1 or more"),
+    (["--model", "vit-12"], "a model is named"), (["--dataset", "imagenet"], "invalid choice"),
+], ids=str)
+def test_table6_what_cannot_be_measured_is_refused(capsys, argv, words):
+    with pytest.raises(SystemExit) as ended:
+        speed.main(argv)
+    assert ended.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+# ----------------------------------------------------------------------------- several processes
+
+def test_section_5_1_speed_of_the_pipeline(tmp_path, capsys):
+    (tmp_path / "small.py").write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {str(HERE)!r})
+        import speed, test_speed
+        speed.matrix_product = test_speed.small_product
+        speed.main()""")
+    done = processes(tmp_path, 2, tmp_path / "small.py", "--model", "vit-8-2-3", "--rounds", "1",
+                     "--batch-size", "9", "--batches", "2", "--dataset", "cifar100",
+                     "--json", "speed.json")
+    assert [status for status, _, _ in done] == [0, 0], done
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert list(record["methods"]) == ["Matrix products", "CFF+M, 1 view", "CFF+M, 2 views", "BP"]
+    assert record["processes"] == 2 and len(record["megabytes"]) == 2
+    for what, row in record["methods"].items():
+        work = 2 if what == "Matrix products" else 1    # each process makes as many as one alone
+        assert row["gain"] == [pytest.approx(work * row["alone"] / row["together"])]
+        assert row["together"] > 0
+    speed.show_pipeline_speed(record)
+    assert [out for _, out, _ in done] == [capsys.readouterr().out, ""]
+
+
+def test_table6_and_section_5_1_records_are_shown(capsys):
+    records = HERE / "records"
+    speed.show_speed(json.loads((records / "speed.json").read_text()))
+    paths = sorted(records.glob("pipeline-*.json"))
+    for path in paths:
+        speed.show_pipeline_speed(json.loads(path.read_text()))
+    out = capsys.readouterr().out
+    assert paths and out.count("| Matrix products |") == len(paths)
+    assert out.count("Peak memory of the processes") == len(paths)
+    assert "| FF, a pass for each class | " in out
+
+
+# ----------------------------------------------------------------------------- the paper's numbers
+
+@pytest.fixture(scope="module")
+def paper():
+    """paper.csv as {(table, dataset, model, augment, setting, method, quantity): value}."""
+    with open(HERE / "paper.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    numbers = {tuple(row.values())[:-1]: float(row["value"]) for row in rows}
+    assert len(numbers) == len(rows), "two rows of one key"
+    return numbers
+
+
+def test_table1_to_table6_are_in_paper_csv(paper):
+    sizes = {}
+    for table, *_ in paper:
+        sizes[table] = sizes.get(table, 0) + 1
+    # 5 x 5 - 2, 8 x 2, 15 x 2, 5 x 2, 2 x 2, 6 x 4
+    assert sizes == {"1": 23, "2": 16, "3": 30, "4": 10, "5": 4, "6": 24}
+
+
+def test_table1_to_table6_are_spelled_as_the_flags_of_train(paper):
+    for _, dataset, model, augment, setting, method, quantity in paper:
+        for name, value in (("dataset", dataset), ("augment", augment), ("algo", method)):
+            assert value in train.SETTINGS[name][1]
+        shape, classes = speed.KINDS[dataset]
+        patch = {} if model.startswith("mlp") else {"patch_size": 8 if shape[1] == 64 else 4}
+        assert model == vit.plain_name(model) and vit.build_model(model, shape, classes, **patch)
+        assert setting == "" or setting.split()[0] in train.SETTINGS
+        assert quantity in ("accuracy_percent", "accuracy_difference", "inference_ms_x10",
+                            "seconds_per_epoch")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("1 cifar10 vit-128-4-5 crop - cffm accuracy_percent", 80.42),
+    ("1 mnist mlp-500-3 none - symba accuracy_percent", 97.82),
+    ("1 tinyimagenet vit-240-6-7 crop - cff accuracy_percent", 72.43),
+    ("2 cifar10 vit-128-4-5 crop head ff accuracy_percent", 65.33),
+    ("2 cifar100 vit-192-6-6 crop - ff inference_ms_x10", 110.0),
+    ("3 cifar10 mlp-800-4 flip - bp accuracy_percent", 54.20),
+    ("3 cifar100 vit-240-6-7 crop+randaug - cffm accuracy_percent", 84.29),
+    ("4 cifar10 vit-192-6-6 crop+randaug missing=0.8 bp accuracy_percent", 69.19),
+    ("4 cifar10 vit-192-6-6 crop+randaug label_noise=0.4 cffm accuracy_percent", 71.20),
+    ("5 cifar100 vit-192-6-6 crop+randaug pool=token cffm accuracy_percent", 79.00),
+    ("6 tinyimagenet vit-240-6-7 crop+randaug views=1 cffm accuracy_difference", -2.20),
+    ("6 cifar10 vit-128-4-5 crop views=2 cffm seconds_per_epoch", 18),
+    ("6 cifar10 vit-128-4-5 crop - bp seconds_per_epoch", 8),
+], ids=str)
+def test_table1_to_table6_numbers_of_the_paper(paper, key, value):
+    fields = ["" if field == "-" else field.replace("=", " ") for field in key.split()]
+    assert paper[tuple(fields)] == value

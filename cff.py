@@ -78,13 +78,14 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
     loss: (g_pos, g_neg), both (B,) -> scalar: `losses.ff_loss` for FF, `losses.symba_loss` for
     SymBa. generator: of the wrong labels. collab=True is FF Collab, with all layers' goodness.
     """
-    losses, gamma1, gamma2 = [], [0] * len(model.layers), [0] * len(model.layers)
+    losses = []
     x = augment(x)                                      # x, y_wrong = augment(x), wrong(y)
     y_wrong = wrong_labels(y, model.num_classes, generator)
-    x1 = model.patches(x, y)                            # x = patching(x)       # (B, #P, D/#P)
+    x1 = model.patches(x, y)                            # x = patching(x)
     x2 = model.patches(x, y_wrong)                      # x1, x2 = cat_label_patch(x, y, y_wrong)
-    if collab:
-        gamma1 = gammas(layer_goodness(model, x, y))    # of before this batch's updates
+    gamma1 = gamma2 = [0] * len(model.layers)
+    if collab:                                          # goodness from before this batch's updates
+        gamma1 = gammas(layer_goodness(model, x, y))
         gamma2 = gammas(layer_goodness(model, x, y_wrong))
     for l, layer in enumerate(model.layers):            # for l in range(L):
         f1 = layer(x1)                                  # f1 = layers[l].forward(x1) # (B, #P+1, E)
@@ -151,7 +152,8 @@ def encode(model, images, y=None):
 
 def bp_step(model, optimizer, x, y, augment):
     """Train encoder and head end to end on one batch (BP+CE, Fig. 1a); returns the loss."""
-    return update(optimizer, cross_entropy(model.head(encode(model, augment(x))[-1]), y))
+    f = encode(model, augment(x))[-1]
+    return update(optimizer, cross_entropy(model.head(f), y))
 
 
 def scl_step(model, optimizer, x, y, augment, temperature, views=2):
@@ -186,7 +188,7 @@ def predict(model, images, algo, head=False):
     if algo not in ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"):
         raise ValueError(f"algo: cff, cffm, ff, symba, collab, scl or bp; got {algo!r}")
     by_goodness = algo in ("ff", "symba", "collab")
-    if by_goodness == (model.labels is None):
+    if by_goodness != (model.labels is not None):
         kind = "with" if by_goodness else "without"
         raise ValueError(f"{algo} needs a model built {kind} labels")
     if head or not by_goodness:

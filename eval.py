@@ -82,7 +82,7 @@ def read_record(folder):
         config, result = (json.loads((folder / file).read_text()) for file in files)
         record = Record(folder.name, DEFAULTS | config["settings"], result, read_log(folder),
                         config["data"]["images"])
-        record.accuracy("test"), record.log[0]["seconds"]
+        record.accuracy("test"), record.log[0]["seconds"]       # raises what is missing
     except (OSError, ValueError, LookupError, TypeError) as reason:
         raise OSError(f"{folder}: no run that can be read ({type(reason).__name__})")
     return record
@@ -172,7 +172,7 @@ def fisher_criterion(f, y, averaged=False):
 
 def three_images(f, y):
     """Rows of an anchor, the first image, and of a positive and a negative of median cosine to it,
-    for f (N, E) normalised, y (N,). Raises ValueError if there is no positive or no negative."""
+    for f (n, E) normalised, y (n,). Raises ValueError if there is no positive or no negative."""
     s, P, N = f @ f[0], (y == y[0]).nonzero()[1:, 0], (y != y[0]).nonzero()[:, 0]
     if not len(P) or not len(N):
         raise ValueError("the first validation image has no positive or no negative")
@@ -237,7 +237,7 @@ def draw_layers(run, features, log, rows, three):
 
 
 def draw_tsne(axes, features, y, names):
-    """Row 2 of Fig. 5: the first 1,000 rows of each layer's features in two dimensions."""
+    """Fig. 5's row 2: the first 1,000 rows of each layer's features in two dimensions."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -257,7 +257,7 @@ def draw_tsne(axes, features, y, names):
 
 
 def draw_epochs(axes, log):
-    """Row 3 of Fig. 5: by epoch the share of saturated pairs in % (left) and the loss (right)."""
+    """Fig. 5's row 3: by epoch the share of saturated pairs in % (left) and the loss (right)."""
     twins, nan = [axis.twinx() for axis in axes], float("nan")
     for row, column, colour, scale in ((axes, "saturated", "C1", 100), (twins, "loss", "C0", 1)):
         for l, axis in enumerate(row, start=1):

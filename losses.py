@@ -2,9 +2,9 @@
 
 Covers Eqs. 1-3, 7, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.1-A.7 and Fig. 4a.
 
-    f      (n, E)   representations, a row an image view, each of length 1
-    y      (n,)     their classes; with two views n = 2B, f = cat(f1, f2), y = cat(y, y)
-    s      (n, n)   s_ij = f_i . f_j, cosine similarities
+    f      (2B, E)  representations, a row an image view, each of length 1
+    y      (2B,)    their classes; f = cat(f1, f2), y = cat(y, y). With one view B rows
+    s      (2B, 2B) s_ij = f_i . f_j, cosine similarities
     P(i)            rows of the same class as i, without i;  |P(i)| their number
     N(i)            rows of other classes;  A(i) = P(i) + N(i), every row but i
     R(i)            saturated positives, s_ir > 1 - m;  Rc(i) = P(i) without R(i)
@@ -51,7 +51,7 @@ def symba_loss(g_pos, g_neg, alpha=1.0):
 def _check(f, y, temperature, margin=0.0):
     """Raise ValueError where these cannot be the arguments of a contrastive loss."""
     if f.dim() != 2 or y.shape != f.shape[:1]:
-        raise ValueError(f"f must be (n, E), y (n,); got {tuple(f.shape)} and {tuple(y.shape)}")
+        raise ValueError(f"f must be (2B, E), y (2B,); got {tuple(f.shape)} and {tuple(y.shape)}")
     if not 0 <= margin <= 2:
         raise ValueError(f"the margin must lie in 0..2, the range of 1 - cosine; got {margin}")
     if not temperature > 0:
@@ -59,7 +59,7 @@ def _check(f, y, temperature, margin=0.0):
 
 
 def _sets(y):
-    """P and N as (n, n) masks for labels y (n,)."""
+    """P and N as (2B, 2B) masks for labels y (2B,)."""
     same_class = y[:, None] == y[None, :]
     itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
     return same_class & ~itself, ~same_class
@@ -71,17 +71,17 @@ def _Q(s, margin):
 
 
 def _log_sum_exp(x, S):
-    """log sum_{j in S(i)} exp(x_ij) for each row of x (n, n), S a mask (n, n): (n,)."""
+    """log sum_{j in S(i)} exp(x_ij) for each row of x (2B, 2B), S a mask (2B, 2B): (2B,)."""
     return x.masked_fill(~S, -math.inf).logsumexp(dim=1)
 
 
 def _size(P):
-    """|P(i)| as (n,); 1 where P(i) is empty: that row is divided by it, then not counted."""
+    """|P(i)| as (2B,); 1 where P(i) is empty: that row is divided by it, then not counted."""
     return P.sum(dim=1).clamp(min=1)
 
 
 def _mean_over_anchors(L_i, P):
-    """The loss, the mean of L_i (n,) over the rows that have a positive; ValueError if none has."""
+    """The mean of L_i (2B,) over the rows that have a positive; ValueError if none has."""
     anchors = P.any(dim=1)
     if not anchors.any():
         raise ValueError("no row has a positive: every class occurs once in this batch; "
@@ -92,15 +92,15 @@ def _mean_over_anchors(L_i, P):
 # ---------------------------------------------------------------------- losses (Eqs. 3, 12, 14-17)
 
 def contrastive_loss(f, y, temperature=0.15):
-    """Supervised contrastive loss, outer form, Eq. 3: f (n, E) of unit rows, y (n,) -> scalar.
+    """Supervised contrastive loss, outer form, Eq. 3: f (2B, E) of unit rows, y (2B,) -> scalar.
 
     Raises ValueError if shapes do not fit, temperature <= 0 or no row has a positive.
     """
     _check(f, y, temperature)
     P, N = _sets(y)
-    s = f @ f.T                                                                         # (n, n)
+    s = f @ f.T                                                                         # (2B, 2B)
     # Eq. 3: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(s_ip/tau) / sum_{a in A(i)} exp(s_ia/tau) )
-    log_sum_A = _log_sum_exp(s / temperature, P | N)                                    # (n,)
+    log_sum_A = _log_sum_exp(s / temperature, P | N)                                    # (2B,)
     L_i = -((s / temperature - log_sum_A[:, None]) * P).sum(dim=1) / _size(P)
     return _mean_over_anchors(L_i, P)
 
@@ -112,23 +112,23 @@ def inner_contrastive_loss(f, y, temperature=0.15):
     """
     _check(f, y, temperature)
     P, N = _sets(y)
-    s = f @ f.T                                                                         # (n, n)
+    s = f @ f.T                                                                         # (2B, 2B)
     # Eq. 12: L_i = -log( 1/|P(i)| sum_{p in P(i)} exp(s_ip/tau) / sum_{a in A(i)} exp(s_ia/tau) )
-    log_mean_P = _log_sum_exp(s / temperature, P) - _size(P).to(f).log()                # (n,)
+    log_mean_P = _log_sum_exp(s / temperature, P) - _size(P).to(f).log()                # (2B,)
     log_sum_A = _log_sum_exp(s / temperature, P | N)
     L_i = -(log_mean_P - log_sum_A)
     return _mean_over_anchors(L_i, P)
 
 
 def marginal_contrastive_loss(f, y, margin, temperature=0.15):
-    """Marginal contrastive loss, Eqs. 14-17: f (n, E) of unit rows, y (n,), m in 0..2 -> scalar.
+    """Marginal contrastive loss, Eqs. 14-17: f (2B, E) of unit rows, y (2B,), m in 0..2 -> scalar.
 
     A positive counts as more similar by m than it is, but never as more than 1. At m = 0 it is
     Eq. 3. Raises ValueError as `contrastive_loss`, and for a margin outside 0..2.
     """
     _check(f, y, temperature, margin)
     P, N = _sets(y)
-    s = f @ f.T                                                                         # (n, n)
+    s = f @ f.T                                                                         # (2B, 2B)
     # Eq. 14: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(Q_ip/tau) / Z_i ), where Q_ip = s_ip
     # Eq. 15: Q_ip = min(s_ip + m, 1)
     Q = _Q(s, margin)
@@ -140,7 +140,7 @@ def marginal_contrastive_loss(f, y, margin, temperature=0.15):
 
 
 def saturated(f, y, margin):
-    """R of Sec. 3.5 for all anchors: (n, n) bool, True where j is in R(i), s_ij > 1 - m.
+    """R of Sec. 3.5 for all anchors: (2B, 2B) bool, True where j is in R(i), s_ij > 1 - m.
 
     At s_ij = 1 - m exactly the pair is not saturated. Raises ValueError as the loss.
     """
@@ -152,7 +152,7 @@ def saturated(f, y, margin):
 # ----------------------------------------------- gradients by hand, case by case (Eqs. 18, A.2-A.7)
 
 def _around(f, y, i, margin, temperature):
-    """What the equations need of anchor i: s_i (n,), the masks P, N, R, Rc (n,) and Z_i.
+    """What the equations need of anchor i: s_i (2B,), the masks P, N, R, Rc (2B,) and Z_i.
 
     As printed: exp(1/tau) must be a number, tau > 0.012 in float32.
     """
@@ -211,17 +211,18 @@ def grad_negative(f, y, i, k, margin, temperature):
 # ------------------------------------------------------------------ gradients by hand, all at once
 
 def marginal_contrastive_grad(f, y, margin, temperature):
-    """d(sum_i L_i)/df (n, E): Eqs. 18 and A.5-A.7 for every pair, as one matrix product.
+    """d(sum_i L_i)/df (2B, E), of the sum over the anchors that `marginal_contrastive_loss` takes
+    the mean of: Eqs. 18 and A.5-A.7 for every pair, as one matrix product.
 
-    L_i depends on f through s_ij = f_i . f_j alone, so with D_ij = dL_i/ds_ij it is (D + D^T) F:
-    row k of D F is Eq. 18, row k of D^T F sums A.5-A.7 over the anchors i. For any tau.
+    L_i depends on f through s_ij = f_i . f_j alone, so with D_ij = dL_i/ds_ij the gradient is
+    (D + D^T) F: row k of D F is Eq. 18, row k of D^T F sums A.5-A.7 over the anchors i.
     """
     _check(f, y, temperature, margin)
     P, N = _sets(y)
-    s = f @ f.T                                                                         # (n, n)
-    # D_ij = 1/tau [ exp(Q_ij/tau) / Z_i - 1/|P(i)| (only for j in P(i)) ]
+    s = f @ f.T                                                                         # (2B, 2B)
+    # D_ij = 1/tau [ exp(Q_ij/tau) / Z_i - 1/|P(i)| ] in P(i), 1/tau exp(s_ij/tau) / Z_i in N(i)
     exponents = torch.where(P, _Q(s, margin), s) / temperature
-    softmax = exponents.masked_fill(~(P | N), -math.inf).softmax(dim=1)     # exp(Q_ij/tau) / Z_i
+    softmax = exponents.masked_fill(~(P | N), -math.inf).softmax(dim=1)         # exp(...) / Z_i
     dL_ds = (softmax - P.to(f) / _size(P)[:, None]) / temperature
     # and 0 for j in R(i), where Q is constant, for j = i, and for an anchor without positives
     D = torch.where((P | N) & ~saturated(f, y, margin) & P.any(dim=1, keepdim=True), dL_ds, 0)

@@ -32,7 +32,7 @@ from vit import build_model, plain_name
 
 # ---------------------------------------------------------------------------------------- settings
 
-SOME, MORE = (0, math.inf), (1, math.inf)
+FROM_0, FROM_1 = (0, math.inf), (1, math.inf)
 # name: (default, what it may be, meaning); a list holds the choices, a pair the least and the most.
 # Defaults are the paper's or, where it is silent, those of its authors' code.
 SETTINGS = {
@@ -41,29 +41,29 @@ SETTINGS = {
     "model": ("vit-128-4-5", None, '"ViT[E H L]" or "MLP[E L]", also written vit-E-H-L, mlp-E-L'),
     "recipe": ("none", ["none", "short", "mlp"], "settings for short runs, or for MLPs"),
     "data_dir": ("data", None, "folder of the data sets; what is missing there is downloaded"),
-    "limit": (0, SOME, "training images to use, and a ninth of it for validation; 0 is all"),
+    "limit": (0, FROM_0, "training images to use, and a ninth of it for validation; 0 is all"),
     "missing": (0.0, (0, 0.999), "fraction of training and validation images left out (Table 4)"),
     "label_noise": (0.0, (0, 1), "fraction of training and validation labels made wrong (Table 4)"),
-    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "of views; crop flips, too"),
-    "padding": (4, SOME, "pixels put around an image before its crop"),
+    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "crop flips too; MNIST never"),
+    "padding": (4, FROM_0, "pixels put around an image before its crop"),
     "fill": ("zeros", ["zeros", "edge"], "what these pixels are: zeros, or the image's edge again"),
-    "patch_size": (4, MORE, "side of a patch in pixels"),
+    "patch_size": (4, FROM_1, "side of a patch in pixels"),
     "pool": ("mean", ["mean", "token"], "what a loss sees: mean (Eq. 13) or class token (Table 5)"),
-    "position_std": (1.0, SOME, "standard deviation of the position embedding at the start"),
+    "position_std": (1.0, FROM_0, "standard deviation of the position embedding at the start"),
     "views": (2, [1, 2], "augmented views of a batch; 1 is one-forward (Table 6)"),
-    "epochs": (600, MORE, "epochs of stage 1, the encoder"),
-    "head_epochs": (50, MORE, "epochs of stage 2, the linear head"),
+    "epochs": (600, FROM_1, "epochs of stage 1, the encoder"),
+    "head_epochs": (50, FROM_1, "epochs of stage 2, the linear head"),
     "batch_size": (512, (2, math.inf), "images in a batch, B"),
-    "lr": (0.004, SOME, "learning rate of stage 1"),
-    "head_lr": (0.0005, SOME, "learning rate of stage 2"),
-    "weight_decay": (0.01, SOME, "weight decay of AdamW"),
-    "warmup": (0, SOME, "updates in which the learning rate of stage 1 rises to --lr"),
-    "schedule": ("constant", ["constant", "cosine"], "learning rate after that; cosine falls to 0"),
+    "lr": (0.004, FROM_0, "learning rate of stage 1"),
+    "head_lr": (0.0005, FROM_0, "learning rate of stage 2"),
+    "weight_decay": (0.01, FROM_0, "weight decay of AdamW"),
+    "warmup": (0, FROM_0, "updates in which the learning rate of stage 1 rises to --lr"),
+    "schedule": ("constant", ["constant", "cosine"], "learning rate; cosine falls to 0"),
     "temperature": (0.15, (1e-6, math.inf), "tau of Eqs. 3 and 15"),
     "m0": (0.4, (0, 2), "margin of the first layer (Sec. 4.1)"),
     "mL": (0.1, (0, 2), "margin of the last layer"),
     "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "margins between them"),
-    "threshold": (2.0, SOME, "theta of Eq. 2 (ff, collab)"),
+    "threshold": (2.0, FROM_0, "theta of Eq. 2 (ff, collab)"),
     "alpha": (1.0, (1e-6, math.inf), "alpha of Eq. 7 (symba)"),
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
     "seed": (0, None, "of the validation split, the weights and every draw"),
@@ -74,7 +74,7 @@ DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
 # What differs by method, by data set and by --recipe, in this order; what is typed comes last.
 BY_ALGO = {"bp": dict(lr=0.0005)}
 BY_DATASET = {
-    "shapes": dict(model="vit-64-4-3", patch_size=8, head_epochs=4),            # and --recipe short
+    "shapes": dict(model="vit-64-4-3", patch_size=8, head_epochs=4),        # and the short recipe
     "mnist": dict(model="mlp-500-3", augment="none"),
     "cifar10": dict(padding=12),
     "cifar100": dict(model="vit-192-6-6"),
@@ -114,7 +114,8 @@ def train(run):
 
 def stages(s):
     """2 where a head is trained on the frozen encoder; FF needs none, and BP has trained it."""
-    return 2 if s["algo"] in ("cff", "cffm", "scl") or s["algo"] in WITH_LABELS and s["head"] else 1
+    heads = ("cff", "cffm", "scl", *(WITH_LABELS if s["head"] else ()))
+    return 2 if s["algo"] in heads else 1
 
 
 def make_step(s, model, optimizers, augment, generator, stage=1):
@@ -161,8 +162,8 @@ def batches(run):
 def plan(run):
     """The updates of the next epoch, in a new random order: (learning rate, rows) of each batch."""
     s, y, stage, updates = run.settings, run.train[1], run.state["stage"], []
-    of_head, warmup = ("", s["warmup"]) if stage == 1 else ("head_", 0)
-    epochs, base = s[of_head + "epochs"], s[of_head + "lr"]
+    prefix, warmup = ("", s["warmup"]) if stage == 1 else ("head_", 0)
+    epochs, base = s[prefix + "epochs"], s[prefix + "lr"]
     order = torch.randperm(len(y), device=run.device, generator=run.generator)
     steps = math.ceil(len(y) / s["batch_size"])
     for i, rows in enumerate(cut(order, y, s, stage)):
@@ -193,7 +194,7 @@ def validate(run):
     """The mean losses on validation data, (L,) or a scalar, with the same draws every epoch."""
     s, stage, (images, y), total = run.settings, run.state["stage"], run.val, 0
     run.val_generator.manual_seed(s["seed"])
-    # steps that move no weight: their backward pass is wasted, but so no loss is written twice
+    # steps that move no weight: their gradients are for nothing, but so no loss is written twice
     frozen = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
     step = make_step(s, run.model, len(run.model.layers) * [frozen], run.val_augment,
                      run.val_generator, stage)
@@ -206,23 +207,23 @@ def validate(run):
 def end_epoch(run, train_loss, val_loss, start):
     """Write the epoch's row of the log, keep the weights if they are the best so far, and save."""
     state, L = run.state, len(run.model.layers)
-    train, val = train_loss.reshape(-1).tolist(), val_loss.reshape(-1).tolist()
-    layers = range(L + 1 - len(val), L + 1) if state["stage"] == 1 else ["head"]
+    fit, val = train_loss.reshape(-1).tolist(), val_loss.reshape(-1).tolist()
+    layers = range(L + 1 - len(val), L + 1) if state["stage"] == 1 else ["head"]   # or L alone
     state["epoch"] += 1
     row = {"stage": state["stage"], "epoch": state["epoch"]}
-    for name, losses in (("train_loss", train), ("val_loss", val)):
+    for name, losses in (("train_loss", fit), ("val_loss", val)):
         row |= {f"{name}_{l}": round(loss, 6) for l, loss in zip(layers, losses)}
-    text = f"{row['epoch']:4d} " + "".join(f" {loss:6.3f}" for loss in train) + f" | {val[-1]:6.3f}"
+    text = f"{row['epoch']:4d} " + "".join(f" {loss:6.3f}" for loss in fit) + f" | {val[-1]:6.3f}"
     if state["stage"] == 1:
         row |= measure(run)
         text += f" | {row['probe']:5.1f} %"
     row["seconds"] = round(time.time() - start, 2)
     print("\r" * sys.stdout.isatty() + f"{text}  {row['seconds']:6.1f} s", flush=True)
-    if not all(map(math.isfinite, train + val)):
+    if not all(map(math.isfinite, fit + val)):
         raise SystemExit("train.py: a loss is not a number; try a smaller --lr, with another --out")
     # the epoch is chosen by the last layer's loss; FF's by the sum over the layers but the first
-    of_all = run.settings["algo"] in WITH_LABELS and len(val) > 1
-    chosen_by = sum(val[1:]) if of_all else val[-1]
+    but_first = run.settings["algo"] in WITH_LABELS and len(val) > 1
+    chosen_by = sum(val[1:]) if but_first else val[-1]
     best = chosen_by < state["best"]
     if best:
         state |= {"best": chosen_by, "best_epoch": state["epoch"]}
@@ -306,8 +307,7 @@ def load_tiny_imagenet(folder):
     return data
 
 
-def bar(x, y, width, height):
-    """Signed distance to a rectangle of 2 width x 2 height around the origin."""
+def bar(x, y, width, height):       # signed distance to a rectangle of 2 width x 2 height
     return torch.maximum(x.abs() - width, y.abs() - height)
 
 
@@ -418,7 +418,7 @@ def rand_augment(images, generator, num_ops=3, magnitude=14):
     unsigned = [torch.clone, lambda x: ops.posterize(x, 8 - round(4 * t)),
                 lambda x: ops.solarize(x, 255 * (1 - t)), ops.autocontrast, ops.equalize]
     table = [partial(op, sign=sign) for op in signed for sign in (-1, 1)] + unsigned
-    # an unsigned operation's number appears twice: each of the 14 is drawn as often as the others
+    # 0-17 signed, 18-22 unsigned twice: each of the 14 operations is drawn 2 times in 28
     numbers = torch.tensor([*range(23), *range(18, 23)], device=images.device)
     images = images.clone()
     for _ in range(num_ops):
@@ -591,22 +591,22 @@ def defaults(dataset, algo, recipe="none"):
 
 def parse(argv=None):
     """The settings of a command line: (dict, whether to resume); nonsense ends with status 2."""
-    instead = {**BY_ALGO, **BY_DATASET, **RECIPES}
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [--FLAG VALUE ...]; --help lists the flags",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, epilog="\n".join(
-            ["instead of [default]:", *(f"  {name:13s} {own}" for name, own in instead.items())]))
+            f"instead of [default], {name}: {own}"
+            for name, own in {**BY_ALGO, **BY_DATASET, **RECIPES}.items()))
     for name, (default, allowed, meaning) in SETTINGS.items():
         kind = dict(action="store_true") if default is False else dict(
             type=plain_name if name == "model" else type(default), metavar=name.upper(),
             choices=allowed if isinstance(allowed, list) else None)
         parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **kind)
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with the run in --out, by its own settings")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume", False)
-    s = defaults(*({**DEFAULTS, **typed}[name] for name in ("dataset", "algo", "recipe"))) | typed
+    s = DEFAULTS | typed
+    s = defaults(s["dataset"], s["algo"], s["recipe"]) | typed
     for name, (_, allowed, _) in SETTINGS.items():
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
@@ -621,9 +621,9 @@ def parse(argv=None):
                      f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if resume:
         s = DEFAULTS | json.loads((folder / "config.json").read_text())["settings"]
-        kept = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
-        if kept:
-            parser.error(f"--resume keeps the settings of the run: {', '.join(kept)} cannot change")
+        others = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
+        if others:
+            parser.error(f"--resume keeps the run's settings: {', '.join(others)} cannot change")
         s |= typed
     return s | {"out": str(folder)}, resume
 

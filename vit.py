@@ -177,19 +177,19 @@ class MLP(nn.Module):
             raise ValueError(f"{num_classes} classes do not fit into an image of {D} numbers")
         self.num_classes, self.one_hot = num_classes, labels == "one-hot"
         self.register_buffer("labels", None)
-        if labels:                      # an image is about sqrt(D) long: neither drowns the other
+        if labels:
             table = label_table(num_classes, num_classes if self.one_hot else D, self.one_hot)
-            self.labels = (D / num_classes) ** 0.5 * F.normalize(table)
+            self.labels = (D / num_classes) ** 0.5 * F.normalize(table)     # an image: sqrt(D) long
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(*sizes), nn.ReLU())
                                     for sizes in zip(widths, widths[1:]))
-        if labels:                      # PyTorch's U(-1, 1)/sqrt(n) is for n inputs of variance 1;
-            for layer in self.layers:   # these have length 1
+        if labels:      # inputs have length 1; PyTorch's U(-1, 1)/sqrt(n) is for n of variance 1
+            for layer in self.layers:
                 nn.init.uniform_(layer[0].weight, -1, 1)
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
     def patches(self, images, y=None):
-        """Layer 1's input: (B, C, height, width) -> (B, D); with y of length 1, SymBa's (B, 2D)."""
+        """Layer 1's input: (B, D); with labels y rows of length 1, (B, D) or SymBa's (B, 2D)."""
         x, label = images.flatten(1), label_rows(self.labels, y)
         if y is None:
             return x

@@ -141,7 +141,8 @@ def connect():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # others wait as long as the first one loads or validates; torchrun ends the run if one dies
+    # others wait as long as the first one loads or validates; torchrun ends the run if one dies;
+    # nobody calls dist.destroy_process_group, after which processes of torch 2.6 at times hang
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
 
 
@@ -221,7 +222,6 @@ def assist():
         del told, weights, states
         while (planned := broadcast()) is not None:
             train_epoch(*part, planned)
-    dist.destroy_process_group()
 
 
 def write_trace(folder, trace):
@@ -341,7 +341,6 @@ def lead(run):
     if run.state["stage"] == 1:
         train_encoder(run)
     broadcast(None)                                             # the others end
-    dist.destroy_process_group()
     result = train.train(run)                                   # what is left: stage 2, the test
     print(f"test accuracy {result['test_top1']} % (top-5 {result['test_top5']} %, top-10 "
           f"{result['test_top10']} %); test it again: python eval.py {run.folder}")

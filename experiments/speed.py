@@ -247,7 +247,7 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
 def show_speed(record):
     """Print a record of `speed` as Markdown tables."""
     print("A training step of {model} on {dataset}'s sizes, batch {batch_size}, on {device}, torch "
-          "{torch}; medians of {rounds} rounds. Matrix products alone reach {gigaflops:.0f} "
+          "{torch};\nmedians of {rounds} rounds. Matrix products alone reach {gigaflops:.0f} "
           "GFLOP/s:\n".format(**record))
     rows = [["Method", "Seconds (least-most)", "/ BP", "GFLOP", "Share of that rate",
              "Peak memory, MB", "/ BP"]]
@@ -360,7 +360,7 @@ def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
 def show_pipeline_speed(record):
     """Print a record of `pipeline_speed` as a Markdown table."""
     print("{batches} batches of {batch_size} random images of {dataset}'s sizes, {model}, "
-          "{processes} processes, {device}, torch {torch}; medians of {rounds} rounds "
+          "{processes} processes, {device}, torch {torch};\nmedians of {rounds} rounds "
           "(least-most):\n".format(**record))
     rows = [["What", "One process, s", f"{record['processes']} processes, s", "Gain",
              "Gain / matrix products'", "Speed / BP's"]]
@@ -405,7 +405,6 @@ def main(argv=None):
         if processes:
             connect()
             record, show = pipeline_speed(*case, args.batches, args.dataset), show_pipeline_speed
-            dist.destroy_process_group()
         else:
             record, show = speed(*case, args.dataset), show_speed
         if record:                                                  # only the first process has it

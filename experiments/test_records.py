@@ -371,3 +371,29 @@ def test_the_page_is_no_longer_than_500_lines_and_prose_no_wider_than_140():
     wide = [line for line in lines if len(line) > 140 and not line.startswith("|")]
     with_versions = [line for line in wide if "torch 2." in line]       # headings of printed tables
     assert wide == with_versions, wide
+
+
+# ---------------------------------------------------------------------------------- the front page
+
+def test_the_front_pages_numbers_are_those_of_this_page_and_of_the_records():
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    here = section("## The claims")
+    rows = front.split("## What of the paper holds here")[1].split("\n## ")[0]
+    rows = [row for row in rows.splitlines() if row.startswith("| ")][1:]
+    numbers = [number for row in rows for number in re.findall(r"\d+\.\d+(?: ± \d\.\d)?", row)]
+    assert len(rows) == 8 and len(numbers) > 30
+    for number in numbers:
+        assert number in here or number == "1.42", f"not in {HERE.name}/README.md: {number}"
+    expected = re.findall(r"([\d.]+) % \((?:record )?`([^`]+)`\)", front)
+    assert len(expected) == 3, "what a laptop can expect"
+    for value, record in expected:
+        result = json.loads((HERE / "records" / record / "result.json").read_text())
+        assert value == f"{result['test_top1']:.1f}", record
+
+
+def test_the_front_page_quotes_cff_step_as_it_is():
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = front.split("## The heart of it")[1].split("\n## ")[0]
+    quoted = [line for line in quoted.splitlines() if line.startswith("    ")]
+    source = (ROOT / "cff.py").read_text(encoding="utf-8").split("def one_forward_step")[0]
+    assert len(quoted) == 15 and "\n".join(quoted) in source

@@ -620,19 +620,33 @@ def test_patches_put_back_together_are_the_image():
                                                   "by row")
 
 
+# names of torch.nn.TransformerEncoderLayer's parameters: ours
+TORCHS = {"self_attn.in_proj_": "attention.qkv.", "self_attn.out_proj.": "attention.out.",
+          "linear1.": "mlp.0.", "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}
+
+
 def test_section_3_4_encoder_layer_is_torchs():
     theirs = torch.nn.TransformerEncoderLayer(12, 3, 24, dropout=0, activation="gelu",
                                               norm_first=True, batch_first=True)
     for p in theirs.parameters():
         torch.nn.init.normal_(p)                        # torch starts with scales of 1, biases of 0
     ours, old = vit.EncoderLayer(12, 3), theirs.state_dict()
-    names = {"self_attn.in_proj_": "attention.qkv.", "self_attn.out_proj.": "attention.out.",
-             "linear1.": "mlp.0.", "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}
-    ours.load_state_dict({new + kind: old[name + kind] for name, new in names.items()
+    ours.load_state_dict({new + kind: old[name + kind] for name, new in TORCHS.items()
                           for kind in ("weight", "bias")})
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     close(ours.double()(x), theirs.double()(x), "Sec. 3.4, z = MSA(LN(x)) + x, f = MLP(LN(z)) + z, "
           "as torch.nn.TransformerEncoderLayer")
+
+
+def test_section_3_4_encoder_layers_start_as_torchs_do():
+    theirs = torch.nn.TransformerEncoderLayer(128, 4, 256, batch_first=True).state_dict()
+    ours = vit.EncoderLayer(128, 4).state_dict()        # uniform or constant: alike in these two
+    for name, new in TORCHS.items():
+        for kind in ("weight", "bias"):
+            mine, other = ours[new + kind], theirs[name + kind]
+            assert mine.std().item() == pytest.approx(other.std().item(), rel=0.15), new + kind
+            reach = other.abs().max().item()
+            assert mine.abs().max().item() == pytest.approx(reach, rel=0.05), new + kind
 
 
 def test_fig3_projection_and_position_belong_to_layer_1():
@@ -654,19 +668,6 @@ def test_eq13_is_the_mean_over_patches_and_table5_has_a_token_instead():
     assert h.shape == (2, 5, 8) and torch.equal(token.pool(h), h[:, 0]), "Table 5"
     start = token.layers[0][0](token.patches(images))
     assert torch.equal(start[0, 0], start[1, 0]), "the class token starts the same for every image"
-
-
-def test_model_names_and_shapes():
-    for name in ("ViT[8 2 3]", "vit-8-2-3"):
-        model = vit.build_model(name, (3, 8, 8), 10)
-        assert isinstance(model, vit.ViT) and len(model.layers) == 3 and model.num_classes == 10
-        assert cff.predict(model, torch.randn(2, 3, 8, 8), "cffm").shape == (2, 10)
-    for name in ("MLP[16 2]", "mlp-16-2"):
-        model = vit.build_model(name, (1, 28, 28), 10)
-        shapes = [tuple(layer[0].weight.shape) for layer in model.layers]
-        assert isinstance(model, vit.MLP) and shapes == [(16, 784), (16, 16)]
-        assert (model.layers[0](torch.randn(4, 784)) >= 0).all(), "linear + ReLU"
-        assert cff.predict(model, torch.randn(2, 1, 28, 28), "cffm").shape == (2, 10)
 
 
 # ---------------------------------------------------------------------- Fig. 2: labels as inputs
@@ -1074,7 +1075,7 @@ def test_table1_every_row_is_what_a_data_set_gives_by_default():
     expected = dict(batch_size=512, lr=0.004, head_lr=0.0005, epochs=600, head_epochs=50,
                     temperature=0.15, m0=0.4, mL=0.1, decay="linear", views=2, pool="mean",
                     schedule="constant", warmup=0, position_std=1.0, patch_size=4, threshold=2.0,
-                    alpha=1.0, weight_decay=0.01)
+                    alpha=1.0, weight_decay=0.01, padding=4)
     assert {name: s[name] for name in expected} == expected
     assert settings_of("--dataset", "tinyimagenet")["patch_size"] == 8, "64 patches as well"
 

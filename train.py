@@ -3,7 +3,7 @@
     python train.py                                  ten drawn shapes, nothing to download
     python train.py --dataset cifar10 --algo cffm    the paper's ViT[128 4 5], 600 + 50 epochs
     python train.py --dataset cifar10 --algo cffm --model vit-64-4-4 --limit 10000 --recipe short
-    python train.py --dataset mnist --algo ff --recipe mlp       also symba, collab, cff, scl, bp
+    python train.py --dataset mnist --algo ff --recipe mlp
     python train.py --resume --out runs/NAME         go on where a run stopped
 
 A run is a folder: config.json (every setting), log.csv (a row an epoch), last.pt (what --resume
@@ -12,12 +12,14 @@ needs), best.pt (the weights), result.json (test accuracy). `python eval.py runs
 import argparse
 import json
 import math
+import os
 import platform
-import shlex
+import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
 
 import torch
@@ -71,19 +73,18 @@ SETTINGS = {
     "out": ("", None, "folder of the run; if not given, runs/ and a name made of the settings"),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
-# What differs by method, by data set and by --recipe, in this order; what is typed comes last.
-BY_ALGO = {"bp": dict(lr=0.0005)}
+# What differs by --recipe, then by data set; what is typed comes last.
 BY_DATASET = {
     "shapes": dict(model="vit-64-4-3", patch_size=8, head_epochs=4),        # and the short recipe
     "mnist": dict(model="mlp-500-3", augment="none"),
-    "cifar10": dict(padding=12),
     "cifar100": dict(model="vit-192-6-6"),
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
 FF_ON_MLP = dict(lr=0.2, weight_decay=0.0, epochs=40)
 RECIPES = {         # found here (experiments/README.md); with a method's name what it has instead
-    "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, padding=4,
-                  position_std=0.02, warmup=80, schedule="cosine", head_lr=0.005),
+    "none bp": dict(lr=0.0005),
+    "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, warmup=80,
+                  position_std=0.02, schedule="cosine", head_lr=0.005),
     "short bp": dict(lr=0.002),
     "mlp": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.07, lr=0.002,
                 warmup=100, schedule="cosine", head_lr=0.005),
@@ -114,8 +115,7 @@ def train(run):
 
 def stages(s):
     """2 where a head is trained on the frozen encoder; FF needs none, and BP has trained it."""
-    heads = ("cff", "cffm", "scl", *(WITH_LABELS if s["head"] else ()))
-    return 2 if s["algo"] in heads else 1
+    return 2 if s["algo"] in ("cff", "cffm", "scl") or s["head"] else 1
 
 
 def make_step(s, model, optimizers, augment, generator, stage=1):
@@ -151,22 +151,23 @@ def make_optimizers(model, s, stage=1):
 
 def batches(run):
     """The training batches (x, y) of the next epoch, the learning rate set for each."""
-    (images, y), planned = run.train, plan(run)
-    for i, (rate, rows) in enumerate(planned, start=1):
-        set_rate(run.optimizers, rate)
+    images, y = run.train
+    for rate, rows in plan(run):
+        for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
         yield images[rows], y[rows]
-        if sys.stdout.isatty():
-            print(f"\rbatch {i} of {len(planned)} ", end="", flush=True)
 
 
 def plan(run):
     """The updates of the next epoch, in a new random order: (learning rate, rows) of each batch."""
-    s, y, stage, updates = run.settings, run.train[1], run.state["stage"], []
+    s, y, stage, parts, updates = run.settings, run.train[1], run.state["stage"], [], []
     prefix, warmup = ("", s["warmup"]) if stage == 1 else ("head_", 0)
     epochs, base = s[prefix + "epochs"], s[prefix + "lr"]
-    order = torch.randperm(len(y), device=run.device, generator=run.generator)
+    while not parts:                                    # another order, if no batch has a pair
+        order = torch.randperm(len(y), device=run.device, generator=run.generator)
+        parts = cut(order, y, s, stage)
     steps = math.ceil(len(y) / s["batch_size"])
-    for i, rows in enumerate(cut(order, y, s, stage)):
+    for i, rows in enumerate(parts):
         step = run.state["epoch"] * steps + i
         rate = base * min(1, (step + 1) / (warmup + 1))
         if s["schedule"] == "cosine":
@@ -175,27 +176,20 @@ def plan(run):
     return updates
 
 
-def set_rate(optimizers, rate):
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = rate
-
-
 def cut(order, y, s, stage=1):
     """Rows `order` in batches; a contrastive loss of one view leaves out those without a pair."""
     parts = order.split(s["batch_size"])
     if stage == 1 and s["views"] == 1 and s["algo"] in ("cff", "cffm", "scl"):
         parts = [rows for rows in parts if len(y[rows].unique()) < len(rows)]
-    if not parts:
-        raise ValueError("--views 1 needs two images of a class in a batch: a larger --batch-size")
     return parts
 
 
 def validate(run):
-    """The mean losses on validation data, (L,) or a scalar, with the same draws every epoch."""
+    """The mean losses, (L,) or a scalar, of training steps on validation data that move no weight:
+    so no loss is written twice. The same draws every epoch."""
     s, stage, (images, y), total = run.settings, run.state["stage"], run.val, 0
     run.val_generator.manual_seed(s["seed"])
-    # steps that move no weight: their gradients are for nothing, but so no loss is written twice
-    frozen = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+    frozen = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)     # moves no weight
     step = make_step(s, run.model, len(run.model.layers) * [frozen], run.val_augment,
                      run.val_generator, stage)
     parts = cut(torch.arange(len(y), device=y.device), y, s, stage)
@@ -218,7 +212,7 @@ def end_epoch(run, train_loss, val_loss, start):
         row |= measure(run)
         text += f" | {row['probe']:5.1f} %"
     row["seconds"] = round(time.time() - start, 2)
-    print("\r" * sys.stdout.isatty() + f"{text}  {row['seconds']:6.1f} s", flush=True)
+    print(f"{text}  {row['seconds']:6.1f} s", flush=True)
     if not all(map(math.isfinite, fit + val)):
         raise SystemExit("train.py: a loss is not a number; try a smaller --lr, with another --out")
     # the epoch is chosen by the last layer's loss; FF's by the sum over the layers but the first
@@ -286,8 +280,8 @@ def load_data(dataset, folder):
         return data
     except Exception as reason:         # no network, a torn file, another layout: no data there
         reason = (str(reason) or type(reason).__name__).splitlines()[0]
-        raise OSError(f"{dataset} could not be loaded from {folder} ({reason}); README.md, Data, "
-                      "says what to put there; --dataset shapes needs no files")
+        raise OSError(f"{dataset} could not be loaded from --data-dir {folder} ({reason}); "
+                      "README.md says what belongs there; --dataset shapes needs nothing")
 
 
 def load_tiny_imagenet(folder):
@@ -399,8 +393,7 @@ def mean_and_std(images):
 # ------------------------------------------------------------------------------------ augmentation
 
 def rand_augment(images, generator, num_ops=3, magnitude=14):
-    """RandAugment [45]: num_ops of torchvision's 14 operations for each image (B, C, H, W), uint8;
-    magnitude 0..30. An operation works at once on all images that drew it with the same sign."""
+    """RandAugment [45]: num_ops of torchvision's 14 operations on each image, uint8 (B, C, H, W)"""
     t, (H, W) = magnitude / 30, images.shape[-2:]
     shear, dx, dy = math.degrees(math.atan(0.3 * t)), int(150 / 331 * W * t), int(150 / 331 * H * t)
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
@@ -456,10 +449,10 @@ def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
 # ------------------------------------------------------------------------------------- runs on disk
 
 class Run:
-    """A training run: settings, data, model, optimizers, random state, progress and folder."""
+    """A training run: settings, data, model, optimizers, random state, progress and folder.
+    Raises OSError or ValueError, in one line, for data, sizes or a device that cannot be."""
 
     def __init__(self, s):
-        """Raises OSError or ValueError, in one line, for data, sizes or a device that cannot be."""
         self.settings, self.folder = s, Path(s["out"])
         cuda = torch.cuda.is_available()
         if s["device"] == "cuda" and not cuda:
@@ -468,8 +461,10 @@ class Run:
         images, y, *test = load_data(s["dataset"], s["data_dir"])
         classes = int(y.max()) + 1
         parts = [*split(images, y, s, classes), test]
-        for _, labels in parts[:2]:
-            cut(torch.arange(len(labels)), labels, s)       # raises what it would raise later
+        for _, labels in parts[:2]:                         # what would be a fault later
+            if len(labels.unique()) < 2 or not cut(torch.arange(len(labels)), labels, s):
+                raise ValueError("too few images: training and validation need two classes, and "
+                                 "with --views 1 two images of a class in a batch")
         self.train, self.val, self.test = (
             tuple(t.to(self.device) for t in part) for part in parts)
         mean, std = mean_and_std(parts[0][0])
@@ -492,7 +487,7 @@ class Run:
         """Make the folder and write down every setting, the data, versions and device."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write(self.folder / "config.json", json.dumps({
-            "command": shlex.join(["python", *sys.argv]), "settings": self.settings,
+            "command": " ".join(["python", *map(quote, sys.argv)]), "settings": self.settings,
             "data": self.facts, "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else
             platform.machine(),
@@ -500,32 +495,28 @@ class Run:
                          "torchvision": torchvision.__version__}}, indent=1) + "\n")
 
     def save(self, best):
-        """Write best.pt, if this epoch was the best, then last.pt and log.csv, each in one step."""
-        weights = self.model.state_dict()
+        """Write best.pt, if this epoch was the best, log.csv and last.pt, each in one step."""
+        weights, log = self.model.state_dict(), self.state["log"]
         if best:
             write(self.folder / "best.pt", {"model": weights, "settings": self.settings,
                                             "data": self.facts})
+        columns = list(dict.fromkeys(column for row in log for column in row))
+        rows = [columns, *([str(row.get(column, "")) for column in columns] for row in log)]
+        write(self.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
         write(self.folder / "last.pt", {
             **self.state, "model": weights, "generator": self.generator.get_state(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "device": self.device.type})
-        self.write_log()
-
-    def write_log(self):
-        log = self.state["log"]
-        columns = list(dict.fromkeys(column for row in log for column in row))
-        rows = [columns, *([str(row.get(column, "")) for column in columns] for row in log)]
-        write(self.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
 
     def load(self):
         """Take up the last finished epoch, if any; OSError or ValueError if that cannot be."""
-        path = self.folder / "last.pt"
-        if not path.exists() and not (self.folder / "log.csv").exists():
-            return
+        files = [self.folder / name for name in ("last.pt", "best.pt", "result.json")]
+        if not files[0].exists() and not files[2].exists():
+            return                                          # stopped before its first epoch
         try:
-            last = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as reason:
-            raise OSError(f"{path}, which --resume needs, cannot be read ({type(reason).__name__})")
+            last, _ = (torch.load(f, map_location="cpu", weights_only=True) for f in files[:2])
+        except Exception as reason:                         # best.pt will be needed later
+            raise OSError(f"{self.folder}: last.pt or best.pt: {type(reason).__name__} on reading")
         if last["device"] != self.device.type:
             raise ValueError(f"this run's random state is that of --device {last['device']}")
         self.model.load_state_dict(last["model"])
@@ -534,7 +525,6 @@ class Run:
         self.optimizers = make_optimizers(self.model, self.settings, self.state["stage"])
         for optimizer, state in zip(self.optimizers, last["optimizers"]):
             optimizer.load_state_dict(state)
-        self.write_log()                                    # a stop may have come after last.pt
 
     def end_stage(self):
         """Take the weights with the lowest validation loss, and go on to the next stage."""
@@ -572,11 +562,14 @@ def make_model(s, facts):
 def write(path, content):
     """Write text, or what torch can save, to a file and put it in the place of `path` at once."""
     temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    else:
-        torch.save(content, temporary)
-    temporary.replace(path)
+    try:
+        if isinstance(content, str):
+            temporary.write_text(content)
+        else:
+            torch.save(content, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)               # what a full disk has cut off
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -585,8 +578,9 @@ def defaults(dataset, algo, recipe="none"):
     """The settings where nothing else is typed."""
     def of(recipe):
         return {**RECIPES.get(recipe, {}), **RECIPES.get(f"{recipe} {algo}", {})}
-    return {**DEFAULTS, **BY_ALGO.get(algo, {}), **of("short" if dataset == "shapes" else "none"),
-            **BY_DATASET[dataset], **of(recipe), "dataset": dataset, "algo": algo, "recipe": recipe}
+    used = "short" if dataset == "shapes" and recipe == "none" else recipe
+    return {**DEFAULTS, **of("none"), **of(used), **BY_DATASET.get(dataset, {}),
+            "dataset": dataset, "algo": algo, "recipe": recipe}
 
 
 def parse(argv=None):
@@ -595,8 +589,7 @@ def parse(argv=None):
         description=__doc__, usage="%(prog)s [--FLAG VALUE ...]; --help lists the flags",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, epilog="\n".join(
-            f"instead of [default], {name}: {own}"
-            for name, own in {**BY_ALGO, **BY_DATASET, **RECIPES}.items()))
+            f"instead of [default], {name}: {own}" for name, own in (BY_DATASET | RECIPES).items()))
     for name, (default, allowed, meaning) in SETTINGS.items():
         kind = dict(action="store_true") if default is False else dict(
             type=plain_name if name == "model" else type(default), metavar=name.upper(),
@@ -613,14 +606,16 @@ def parse(argv=None):
     if not s["out"]:
         plain = ("dataset", "algo", "model", "seed", "data_dir", "device", "out")
         others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in plain]
-        name = "-".join([*(s[name] for name in plain[:3]), *others, f"s{s['seed']}"])
-        s["out"] = f"runs/{name}"
+        s["out"] = "runs/" + "-".join([*(s[name] for name in plain[:3]), *others, f"s{s['seed']}"])
     folder = Path(s["out"])
     if (folder / "config.json").exists() != resume:
         parser.error(f"there is no run in {folder} to resume" if resume else
                      f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if resume:
-        s = DEFAULTS | json.loads((folder / "config.json").read_text())["settings"]
+        try:
+            s = DEFAULTS | json.loads((folder / "config.json").read_text())["settings"]
+        except (ValueError, LookupError, TypeError):
+            parser.error(f"{folder / 'config.json'} is not that of a run")
         others = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
         if others:
             parser.error(f"--resume keeps the run's settings: {', '.join(others)} cannot change")
@@ -630,20 +625,25 @@ def parse(argv=None):
 
 def main(argv=None):
     settings, resume = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a queue's stop is a Ctrl-C
+    begun = False
     try:
         run = Run(settings)
         run.load() if resume else run.start()
-    except (OSError, ValueError, RuntimeError) as reason:       # data, model or device at fault
-        print(f"train.py: error: {str(reason).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(2)
-    print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings) + "\nepoch, "
-          "training losses | last validation loss | validation accuracy of a linear probe")
-    try:
+        begun = True
+        print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings))
         result = train(run)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\nstopped; go on with: python train.py --resume --out {run.folder}")
-    print(f"test accuracy {result['test_top1']} % (top-5 {result['test_top5']} %, top-10 "
-          f"{result['test_top10']} %); test it again: python eval.py {run.folder}")
+        print("test accuracy {test_top1} % (top-5 {test_top5} %, top-10 {test_top10} %); test it "
+              "again: python eval.py".format(**result), quote(settings["out"]))
+    except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as reason:
+        said = (str(reason) or "stopped").splitlines()[0]
+        if isinstance(reason, BrokenPipeError):                     # nobody reads any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if begun:
+            raise SystemExit(f"{said}; go on with: python train.py --resume --out "
+                             + quote(settings["out"]))
+        print(f"train.py: error: {said}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

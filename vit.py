@@ -52,6 +52,9 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
+        nn.init.xavier_uniform_(self.qkv.weight)        # as torch.nn.MultiheadAttention starts
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
         B, T, E = x.shape
@@ -67,8 +70,8 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """One pre-norm encoder layer of Section 3.4, without dropout: (B, T, E) -> (B, T, E).
 
-    Equal to torch.nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0, activation="gelu",
-    norm_first=True, batch_first=True) with the same weights.
+    In its start and in what it computes equal to torch.nn.TransformerEncoderLayer(E, H, 2 * E,
+    dropout=0, activation="gelu", norm_first=True, batch_first=True).
     """
 
     def __init__(self, embed_dim, num_heads):

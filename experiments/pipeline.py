@@ -180,10 +180,9 @@ def train_epoch(segment, optimizers, step, planned, data=None):
     for i in segment.epoch([len(part) for _, part in planned]):
         rate, part = planned[i]
         x, y = (data[0][part], data[1][part]) if data else 2 * [part.to(segment.device)]
-        train.set_rate(optimizers, rate)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
         total += len(y) * step(x, y)
-        if data and sys.stdout.isatty():
-            print(f"\rbatch {i + 1} of {len(planned)} ", end="", flush=True)
     layers = [(layer.state_dict(), optimizer.state_dict())
               for layer, optimizer in zip(segment.layers, optimizers)]
     return gather({"total": total, "layers": layers, "trace": segment.trace})
@@ -316,7 +315,7 @@ def draw_schedule(trace, n, batches, path):
 
 def start_run(argv):
     """The `train.Run` of a command line; ValueError, in one line, for what cannot be piped."""
-    if "WORLD_SIZE" not in os.environ:
+    if not dist.is_torchelastic_launched():             # a cluster may set WORLD_SIZE as well
         raise ValueError("start it by torchrun --nproc-per-node 2 experiments/pipeline.py, with "
                          "the flags of train.py; or say --schedule runs/NAME")
     s, resume = train.parse(argv)
@@ -347,7 +346,8 @@ def lead(run):
 
 
 def main():
-    argv, later = sys.argv[1:], int(os.environ.get("RANK", 0)) > 0
+    argv = sys.argv[1:]
+    later = dist.is_torchelastic_launched() and int(os.environ.get("RANK", 0)) > 0
     if {"-h", "--help"} & set(argv):
         print(__doc__, flush=True)
         return train.parse(["--help"])

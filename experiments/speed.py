@@ -394,7 +394,7 @@ def main(argv=None):
     add("--batches", type=int, default=20, help="with torchrun, of each measurement [20]")
     add("--json", metavar="FILE", help="write the numbers there too")
     args = parser.parse_args(argv)
-    processes = int(os.environ.get("WORLD_SIZE", 0))                # 0: not started by torchrun
+    processes = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 0
     if min(args.rounds, args.batches) < 1 or args.batch_size < max(2, processes):
         parser.error("--rounds and --batches must be 1 or more, --batch-size 2 or more, and not "
                      "less than the processes")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -215,8 +216,9 @@ def test_one_view_leaves_out_batches_without_a_pair():
     assert [part.tolist() for part in train.cut(torch.arange(6), y, s)] == [[0, 1, 2, 3]]
     for other in (dict(views=2), dict(algo="ff"), dict(algo="bp")):
         assert len(train.cut(torch.arange(6), y, s | other)) == 2
-    with pytest.raises(ValueError, match="two images of a class"):
-        train.cut(torch.arange(4, 6), y, s)
+    run = train.Run(settings_of("--model", "vit-16-2-1", "--views", 1, "--limit", 40, "--seed", 6,
+                                "--batch-size", 2, "--patch-size", 16, "--device", "cpu"))
+    assert all(train.plan(run) for _ in range(60)), "an order without any pair is drawn anew"
 
 
 def test_the_probe_is_least_squares_on_images_without_augmentation():
@@ -312,12 +314,54 @@ def test_resume_refuses_another_setting_and_a_run_without_its_state(tmp_path, ca
     assert parse("--device", "auto", "--data-dir", "x")["data_dir"] == "x", "another machine"
     assert parse(*TINY, "--device", "auto")["limit"] == 225, "the run's own flags again"
     assert train.parse(["--resume", "--out", f"{out}/./"])[0]["out"] == str(out)
+    for text in ("", "[1]", "{}"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "config.json").write_text(text)
+        with pytest.raises(SystemExit):
+            train.parse(["--resume", "--out", str(tmp_path / "other")])
+        assert "config.json is not that of a run" in capsys.readouterr().err
     before = (out / "log.csv").read_text()
     (out / "last.pt").unlink()                          # as in experiments/records
     with pytest.raises(SystemExit) as ended:
         run_main("--resume", "--out", out)
-    assert ended.value.code == 2 and "which --resume needs" in capsys.readouterr().err
+    assert ended.value.code == 2 and "last.pt or best.pt" in capsys.readouterr().err
     assert (out / "log.csv").read_text() == before
+
+
+def test_a_fault_while_a_run_is_running_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch):
+    """A full disk, SIGTERM as a queue sends it: what, in which folder, how to go on."""
+    out, save, end_epoch = tmp_path / "a b", torch.save, train.end_epoch
+
+    def full(content, path):
+        save(content, path)
+        if path.name == "last.pt.tmp" and content["epoch"] == 2:
+            raise OSError("No space left on device")
+
+    def stop(run, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+    again = f"; go on with: python train.py --resume --out '{out}'$"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit, match="^No space left on device" + again):
+            run_main(*SMALL, "--out", out)
+    assert not list(out.glob("*.tmp")) and [row["epoch"] for row in read_log(out)] == ["1", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "end_epoch", stop)
+        with pytest.raises(SystemExit, match="^stopped" + again):
+            run_main("--resume", "--out", out)
+    run_main("--resume", "--out", out)
+    run_main(*SMALL, "--out", tmp_path / "whole")
+    assert_same_runs(tmp_path / "whole", out)
+
+
+def test_a_reader_that_goes_away_ends_a_run_with_one_line(tmp_path):
+    command = [sys.executable, ROOT / "train.py", *SMALL, "--epochs", "200", "--out", "run"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run.stdout.readline()                               # as `train.py | head -1`
+    run.stdout.close()
+    error = run.stderr.read().splitlines()
+    assert run.wait() == 1 and len(error) == 1 and error[0].endswith("--resume --out run"), error
 
 
 # ------------------------------------------------------------------------- what a user may type
@@ -329,6 +373,7 @@ def test_resume_refuses_another_setting_and_a_run_without_its_state(tmp_path, ca
     (["--epochs", "0"], "epochs"), (["--temperature", "0"], "temperature"), (["--lr", "nan"], "lr"),
     (["--resume"], "no run in"), (["--batch", "64"], "unrecognized"),
     (["--views", "1", "--limit", "36", "--batch-size", "2", "--seed", "8"], "two images of a"),
+    (["--limit", "10"], "need two classes"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as ended:
@@ -339,10 +384,12 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, word
 
 
 def test_a_setting_comes_from_what_is_typed_then_the_recipe_then_the_data_set():
-    def padding(*flags):
-        return settings_of("--dataset", "cifar10", *flags)["padding"]
-    assert padding() == 12 and padding("--recipe", "short") == 4
-    assert padding("--recipe", "short", "--padding", 7) == 7
+    def epochs(dataset, *flags):
+        return settings_of("--dataset", dataset, *flags)["epochs"]
+    assert epochs("shapes") == 30 and epochs("cifar10") == 600
+    assert epochs("cifar10", "--recipe", "short") == 30
+    assert epochs("cifar10", "--recipe", "short", "--epochs", 7) == 7
+    assert settings_of("--dataset", "tinyimagenet", "--recipe", "short")["padding"] == 6
     bp = ["--dataset", "cifar10", "--algo", "bp"]
     assert settings_of(*bp, "--recipe", "short")["lr"] == 0.002
     assert settings_of(*bp, "--lr", 1)["lr"] == 1
@@ -433,7 +480,7 @@ def test_missing_data_are_said_in_one_line(tmp_path, monkeypatch, dataset):
     for module in (torchvision.datasets.mnist, torchvision.datasets.cifar,
                    torchvision.datasets.utils):
         monkeypatch.setattr(module, "download_and_extract_archive", no_network)
-    words = f"{dataset} could not be loaded from {re.escape(str(tmp_path))} .no network"
+    words = f"{dataset} could not be loaded from --data-dir {re.escape(str(tmp_path))} .no network"
     with pytest.raises(OSError, match=words) as error:
         train.load_data(dataset, str(tmp_path))
     assert "\n" not in str(error.value) and "--dataset shapes" in str(error.value)
@@ -618,3 +665,16 @@ def test_models_refuse_labels_they_do_not_take_and_miss_those_they_do(labels, y,
     with pytest.raises(ValueError, match=words):
         model = vit.build_model("mlp-8-2", (3, 8, 8), 10, labels=labels)
         model.patches(torch.randn(2, 3, 8, 8), y)
+
+
+def test_model_names_and_shapes():
+    for name in ("ViT[8 2 3]", "vit-8-2-3"):
+        model = vit.build_model(name, (3, 8, 8), 10)
+        assert isinstance(model, vit.ViT) and len(model.layers) == 3 and model.num_classes == 10
+        assert cff.predict(model, torch.randn(2, 3, 8, 8), "cffm").shape == (2, 10)
+    for name in ("MLP[16 2]", "mlp-16-2"):
+        model = vit.build_model(name, (1, 28, 28), 10)
+        shapes = [tuple(layer[0].weight.shape) for layer in model.layers]
+        assert isinstance(model, vit.MLP) and shapes == [(16, 784), (16, 16)]
+        assert (model.layers[0](torch.randn(4, 784)) >= 0).all(), "linear + ReLU"
+        assert cff.predict(model, torch.randn(2, 1, 28, 28), "cffm").shape == (2, 10)

@@ -14,12 +14,14 @@ CPUs and NCCL on GPUs, one process a GPU. If one dies, the run ends; its last wh
 import csv
 import io
 import os
+import signal
 import sys
 import time
 from collections import deque
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.distributed as dist
@@ -141,9 +143,14 @@ def connect():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # others wait as long as the first one loads or validates; torchrun ends the run if one dies;
-    # nobody calls dist.destroy_process_group, after which processes of torch 2.6 at times hang
+    # others wait as long as the first one loads or validates; torchrun ends the run if one dies
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+
+
+def leave():
+    """End this process at once: gloo's threads make Python's own end at times hang or abort."""
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def pack(value):
@@ -358,11 +365,15 @@ def main():
     except (OSError, ValueError, RuntimeError) as reason:       # data, model or device at fault
         print(f"pipeline.py: error: {str(reason).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         assist() if later else lead(run)
-    except KeyboardInterrupt:
-        words = run and f"\nstopped; go on with: python train.py --resume --out {run.folder}"
-        raise SystemExit(words or 1)
+    except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as reason:
+        said = (str(reason) or "stopped").splitlines()[0]
+        if run:
+            said += f"; go on with: python train.py --resume --out {quote(str(run.folder))}"
+        raise SystemExit(said)
+    leave()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from cff import encode, predict, update
 from eval import print_table
-from pipeline import connect, gather, take_part
+from pipeline import connect, gather, leave, take_part
 from train import defaults, make_augment, make_model, make_optimizers, make_step
 from vit import plain_name
 
@@ -413,6 +413,8 @@ def main(argv=None):
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     except (OSError, ValueError, RuntimeError) as reason:
         parser.error(str(reason).splitlines()[0])
+    if processes:
+        leave()
 
 
 if __name__ == "__main__":

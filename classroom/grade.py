@@ -1,19 +1,23 @@
 """Grade functions written after the paper by the project's own tests; the tasks stand in README.md.
 
-    python classroom/grade.py --template > mine.py      what to write, to start from
-    python classroom/grade.py mine.py [-k task04]       grade it, from any folder
+    python classroom/grade.py --template mine.py                    what to write, to start from
+    python classroom/grade.py mine.py [-k task04]                   grade it, from any folder
+    python classroom/grade.py submissions/*.py --csv grades.csv     a row a student
 
-A task's tests run with the functions of mine.py in the place of the project's.
+A task's tests run with the functions of mine.py in the place of the project's, in a process of
+their own (sandbox.py, watched by watch.py): what it does not say in time counts as not done.
 """
-import importlib.util
+import argparse
+import csv
+import glob
 import inspect
-import re
+import os
 import sys
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import indent
 
-import pytest
+from watch import LIVE, examine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
@@ -61,9 +65,6 @@ TASKS = {       # number: (paper, what to write, the tests that grade it, simple
     10: ("Figs. 4a and 8", [(losses, "margins"), (pipeline, "longest_chain")],
          ["test_fig4a_margins", "test_fig8_longest_chain_by_hand"]),
 }
-# test: (its task, its place among the task's tests)
-PLACES = {test: (number, place) for number, (_, _, tests) in TASKS.items()
-          for place, test in enumerate(tests)}
 IMPORTS = """\
 import math
 
@@ -101,133 +102,111 @@ def stub(thing, number):
     return head + indent(body, "    ")
 
 
-# -------------------------------------------------------------------------------------- the grading
+# ------------------------------------------------------------------------------------- the report
 
-@contextmanager
-def in_place_of(functions):
-    """Put {(module, name): function} into the project for a while."""
-    old = {place: getattr(*place) for place in functions}
-    for place, function in functions.items():
-        setattr(*place, function)
-    try:
-        yield
-    finally:
-        for place, function in old.items():
-            setattr(*place, function)
+def summary(verdict):
+    """Print how far each task is, and what fails first."""
+    name, states, remarks = Path(verdict.name).name, verdict.tasks(), dict(verdict.remarks())
+    if verdict.printed:
+        print(verdict.printed.rstrip("\n"))
+    if verdict.refused:
+        print(f"{verdict.name} cannot be read: {verdict.refused}", file=sys.stderr)
+        return
+    for function, module in verdict.taken.items():
+        print(f"{name} takes {function} from {module}.py of the project: "
+              "that is the answer, so it counts as to do")
+    if not states:
+        print(f"nothing to grade: tasks are named task01 ... task{len(TASKS)}")
+    for number, state in states.items():
+        paper, functions, _ = TASKS[number]
+        print(f"task{number:02d}  {state:9s} {', '.join(n for _, n in functions)} ({paper})")
+        if number in remarks:
+            print(indent(remarks[number], 8 * " "))
 
 
-class Grader:
-    """A pytest plugin: a task's tests run on the functions of a student's file, and are counted.
+def row(verdict):
+    """The verdict as a row of grades.csv; of a file that cannot be read nothing is done."""
+    states = dict.fromkeys(TASKS, "to do") if verdict.refused else verdict.tasks()
+    words = [f"cannot be read: {verdict.refused}"] if verdict.refused else []
+    words += [f"takes {name} from {module}.py" for name, module in verdict.taken.items()]
+    words += [f"task{number:02d}: {text}" for number, text in verdict.remarks()]
+    first = " ".join(words[0].split())[:120] if words else ""
+    return [verdict.name, *(states.get(number, "") for number in TASKS), first]
 
-    Raises what the file raises when it is read.
-    """
 
-    def __init__(self, path):
-        self.path, self.words = Path(path), {}
-        self.outcomes = {number: [] for number in TASKS}
-        spec = importlib.util.spec_from_file_location("the_students_file", self.path)
-        self.mine = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.mine)
-        self.taken = {}                                 # answers that are not the student's own
-        for _, names, _ in TASKS.values():
-            for module, name in names:
-                if getattr(self.mine, name, None) is getattr(module, name):
-                    self.taken[name] = module.__name__
-                    delattr(self.mine, name)
+def grade_all(paths, only, seconds, table=None):
+    """Grade files side by side, a row each in a csv.writer; returns the largest exit status."""
+    def one(path):
+        verdict = examine(path, only, seconds)
+        done = list(verdict.tasks().values()).count("done")
+        print(f"{path}: {verdict.refused or f'{done} of {len(verdict.tasks())} tasks done'}",
+              file=sys.stderr, flush=True)
+        return verdict
 
-    def pytest_configure(self, config):
-        config.option.tbstyle = "native"    # pytest's own reads a test's whole file at each failure
-
-    def pytest_collectreport(self, report):
-        if report.failed:
-            print(report.longreprtext, file=sys.stderr)
-
-    def pytest_itemcollected(self, item):
-        if item.originalname in PLACES:                 # so that -k finds it
-            item.extra_keyword_matches.add(f"task{PLACES[item.originalname][0]:02d}")
-
-    def pytest_collection_modifyitems(self, items):
-        graded = [item for item in items if item.originalname in PLACES]
-        items[:] = sorted(graded, key=lambda item: PLACES[item.originalname])
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self, item):
-        _, names, _ = TASKS[PLACES[item.originalname][0]]
-        with in_place_of({(module, name): getattr(self.mine, name, self.to_do(name))
-                          for module, name in names}):
-            return (yield)
-
-    def to_do(self, name):
-        """What stands for a function that is not in the file."""
-        def missing(*arguments, **keywords):
-            raise NotImplementedError(f"{self.path.name} has no {name}")
-        return missing
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report, (number, _) = (yield), PLACES[item.originalname]
-        if call.when == "call" or report.failed:
-            missing = call.excinfo and call.excinfo.errisinstance(NotImplementedError)
-            self.outcomes[number].append("to do" if missing else report.outcome)
-            if report.failed and number not in self.words:
-                words = f"to do: {call.excinfo.value}" if missing else self.explain(item, call)
-                self.words[number] = words
-        return report
-
-    def explain(self, item, call):
-        """What went wrong: the test's words, or which line of the student's code raised what."""
-        error, where = call.excinfo.value, self.where(call.excinfo)
-        if isinstance(error, AssertionError) and not where:
-            return str(error).split("\nassert")[0]
-        words = " ".join(str(error).split())[:300]
-        where = where or "what your code gave"
-        return f"{where} raised {type(error).__name__}: {words} (in {item.name})"
-
-    def where(self, excinfo):
-        """The innermost line of the student's file in a traceback, "" if none raised."""
-        mine = [entry for entry in excinfo.traceback if Path(entry.path) == self.path.resolve()]
-        return f"{self.path.name}, line {mine[-1].lineno + 1}, in {mine[-1].name}," if mine else ""
-
-    def summary(self):
-        """Print how far each task is, and what fails first; returns whether all of it is done."""
-        for name, module in self.taken.items():
-            print(f"{self.path.name} takes {name} from {module}.py of the project: "
-                  "that is the answer, so it counts as to do")
-        graded = {number: outcomes for number, outcomes in self.outcomes.items() if outcomes}
-        if not graded:
-            print(f"nothing to grade: tasks are named task01 ... task{len(TASKS)}")
-        for number, outcomes in graded.items():
-            paper, names, _ = TASKS[number]
-            state = f"{outcomes.count('passed')} of {len(outcomes)}"
-            if len(set(outcomes)) == 1 and outcomes[0] != "failed":
-                state = "done" if outcomes[0] == "passed" else "to do"
-            print(f"task{number:02d}  {state:9s} {', '.join(name for _, name in names)} ({paper})")
-            words = self.words.get(number, "")
-            if state != "to do" or re.search(rf"task(?!{number:02d})\d\d", words):
-                print(indent(words + "\n" if words else "", 8 * " "), end="")
-        return bool(graded) and all(set(outcomes) == {"passed"} for outcomes in graded.values())
+    statuses = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        try:
+            for verdict in pool.map(one, paths):
+                statuses.append(verdict.status())
+                if table:
+                    table.writerow(row(verdict))
+                else:
+                    print(f"\n{verdict.name}")
+                    summary(verdict)
+        except KeyboardInterrupt:
+            for child in list(LIVE):
+                child.kill()
+            os._exit(130)
+    return max(statuses)
 
 
 # ------------------------------------------------------------------------------------ command line
 
 def grade(arguments):
-    """The exit status: 0 if all that was asked for is done, 1 if not, 2 for an unreadable file."""
-    if arguments == ["--template"]:
+    """The exit status: 0 if all that was asked for is done, 1 if not, 2 if nothing was graded."""
+    parser = argparse.ArgumentParser(prog="grade.py", description="Grade files of the ten tasks.")
+    parser.add_argument("files", nargs="*", metavar="mine.py")
+    parser.add_argument("-k", dest="only", default="", metavar="task04", help="these alone")
+    parser.add_argument("--seconds", type=float, default=60, help="limit for a task, default 60")
+    parser.add_argument("--csv", metavar="grades.csv", help="write a row a file, a column a task")
+    parser.add_argument("--template", nargs="?", const="", metavar="mine.py",
+                        help="write what to start from into a new file, or print it")
+    options = parser.parse_args(arguments)
+    paths = [path for name in options.files             # Windows leaves *.py to the program
+             for path in (sorted(glob.glob(name)) if "*" in name else []) or [name]]
+    if options.template == "":
         print(template(), end="")
         return 0
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: python grade.py --template > mine.py, then python grade.py mine.py "
-              "[-k task04]", file=sys.stderr)
-        return 2
+    if options.template is None and not paths:
+        parser.error("which file? To start one: python grade.py --template mine.py")
+    if not 0 < options.seconds <= 86400:
+        parser.error(f"--seconds needs a number above 0, a day at most; got {options.seconds:g}")
+    if options.csv and not options.csv.endswith(".csv"):
+        parser.error(f"--csv needs a name that ends in .csv; got {options.csv}")
     try:
-        grader = Grader(arguments[0])
-    except (Exception, SystemExit) as reason:           # whatever a file of Python can raise
-        print(f"{arguments[0]} cannot be read: {type(reason).__name__}: {reason}", file=sys.stderr)
+        if options.template:
+            with open(options.template, "x", encoding="utf-8") as file:     # never over another
+                file.write(template())
+            return 0
+        if options.csv:                                 # a row is there once it is written
+            file = open(options.csv, "w", buffering=1, encoding="utf-8",
+                        errors="backslashreplace", newline="")
+    except OSError as reason:
+        print(f"{options.template or options.csv} cannot be written: {reason}", file=sys.stderr)
         return 2
-    pytest.main([*map(str, TEST_FILES), "-p", "no:terminal", "-p", "no:cacheprovider",
-                 "--capture=no", *arguments[1:]], plugins=[grader])
-    return 0 if grader.summary() else 1
+    if options.csv:
+        with file:
+            table = csv.writer(file)
+            table.writerow(["student", *(f"task{number:02d}" for number in TASKS), "words"])
+            return grade_all(paths, options.only, options.seconds, table)
+    if len(paths) > 1:
+        return grade_all(paths, options.only, options.seconds)
+    verdict = examine(paths[0], options.only, options.seconds)
+    summary(verdict)
+    return verdict.status()
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):             # a console may lack letters of a name
+        stream.reconfigure(errors="backslashreplace")
     raise SystemExit(grade(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
     python -m pytest -q classroom
 """
+import csv
 import inspect
 import itertools
 import math
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from grade import ROOT, TASKS, TEST_FILES, grade, in_place_of, template
+from grade import ROOT, TASKS, TEST_FILES, grade, template
+from sandbox import in_place_of
+from watch import source
 
 import cff              # found by the path that grade.py sets
 import losses
@@ -252,14 +255,22 @@ def test_each_mistake_fails_its_task_with_words_that_point_to_it(number):
 
 # --------------------------------------------------------------------------------- grading a file
 
-def graded(folder, *arguments):
-    """Run grade.py in a folder: (exit status, lines it prints, what it says on stderr)."""
-    command = [sys.executable, HERE / "grade.py", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=folder)
-    return run.returncode, run.stdout.splitlines(), run.stderr
+@pytest.fixture
+def graded(tmp_path, monkeypatch, capsys):
+    """To run grade.py in tmp_path: (exit status, lines it prints, what it says on stderr)."""
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        status = grade([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+    return run
 
 
-def test_the_classroom_grades_a_file(tmp_path):
+def by_task(lines):
+    return {line.split()[0]: line for line in lines if line.startswith("task")}
+
+
+def test_the_classroom_grades_a_file(tmp_path, graded):
     """One task done, one wrong, one raises, one needs another, one is copied, the rest to do."""
     done = "\n\n".join([inspect.getsource(losses.goodness), "softplus = F.softplus\n",
                         inspect.getsource(losses.ff_loss)])
@@ -270,11 +281,11 @@ def test_the_classroom_grades_a_file(tmp_path):
     copied = "from losses import margins\n"
     mine = "\n\n".join([template(), done, wrong, raises, needs, copied])
     (tmp_path / "mine.py").write_text(mine, encoding="utf-8")
-    status, lines, errors = graded(tmp_path, "mine.py")
+    status, lines, errors = graded("mine.py")
     text = "\n".join(lines)
     assert status == 1 and not errors, errors
     assert lines[0].startswith("mine.py takes margins from losses.py of the project"), text
-    found = {line.split()[0]: line for line in lines if line.startswith("task")}
+    found = by_task(lines)
     assert list(found) == [f"task{number:02d}" for number in TASKS]
     assert "done" in found["task01"] and "to do" in found["task02"], text
     assert re.search(r"task03  \d+ of \d+ ", found["task03"]) and "four vectors, Eq. 12" in text
@@ -282,10 +293,12 @@ def test_the_classroom_grades_a_file(tmp_path):
     assert "to do" in found["task07"], text
     assert lines[lines.index(found["task07"]) + 1].strip() == "to do: task04"
     assert "to do" in found["task10"], text
-    status, lines, _ = graded(ROOT, tmp_path / "mine.py", "-k", "task01")   # from another folder
-    assert status == 0 and lines[1:] == [found["task01"]], lines
-    status, lines, _ = graded(tmp_path, "mine.py", "-k", "task11")
-    assert status == 1 and lines[-1].startswith("nothing to grade"), lines
+    command = [sys.executable, HERE / "grade.py", tmp_path / "mine.py", "-k", "task01"]
+    run = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT)
+    lines = run.stdout.splitlines()                                     # from another folder
+    assert run.returncode == 0 and lines[1:] == [found["task01"]], lines
+    status, lines, _ = graded("mine.py", "-k", "task11")
+    assert status == 2 and lines[-1].startswith("nothing to grade"), lines
 
 
 @pytest.mark.parametrize("text, reason", [("def goodness(h:", "SyntaxError"),
@@ -297,13 +310,140 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, capsys, text, reason):
     assert capsys.readouterr().err.startswith(f"{mine} cannot be read: {reason}")
 
 
-def test_the_template_has_every_task_and_graded_tests_exist(tmp_path):
-    status, lines, _ = graded(tmp_path, "--template")
+HOSTILE = """
+import ctypes, os, sys, torch
+import test_cff
+os.chdir("/")
+
+def goodness(h):
+    os._exit(0)
+
+def contrastive_loss(f, y, temperature=0.15):
+    while True:
+        pass
+
+def inner_contrastive_loss(f, y, temperature=0.15):
+    print("x" * 2_000_000)
+    for channel in range(1, 20):
+        for token in ("", "0 "):
+            try:
+                os.write(channel, f'{token}["ends", "{os.environ["PYTEST_CURRENT_TEST"]}", '
+                                  '"passed", ""]\\n["over"]\\n'.encode())
+            except OSError:
+                pass
+    return input()
+
+def saturated(f, y, margin):
+    test_cff.close.__defaults__ = (1e9,)
+    torch.allclose = lambda *others, **more: True
+    return torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0] * 4, [0] * 4]).bool()
+
+def marginal_contrastive_loss(f, y, margin, temperature=0.15):
+    return f.sum()
+
+def grad_anchor(f, y, k, margin, temperature):
+    torch.set_default_dtype(torch.float16)
+    torch.set_grad_enabled(False)
+    sys.exit(0)
+
+def grad_positive(f, y, i, k, margin, temperature):
+    return bytearray(2 ** 36)
+
+def patchify(images, patch_size):
+    p = patch_size
+    return torch.nn.functional.unfold(images, p, stride=p).transpose(1, 2)
+"""
+
+
+def test_no_file_can_end_or_stop_or_forge_its_grading(tmp_path, graded):
+    (tmp_path / "my file.py").write_text(HOSTILE, encoding="utf-8")
+    tests = [f"task{number:02d}" for number in range(1, 7)] + ["patches_put_back"]
+    status, lines, _ = graded("my file.py", "--seconds", "3", "-k", " or ".join(tests))
+    text, found = "\n".join(lines), by_task(lines)
+    assert status == 1 and len(text) < 20_000
+    for number in range(1, 7):
+        assert re.match(rf"task{number:02d}  \d+ of", found[f"task{number:02d}"]), text[-3000:]
+        assert "0 of" in found[f"task{number:02d}"] or number == 6, text[-3000:]
+    assert "done" in found["task09"], text[-3000:]                      # the state was put back
+    words = [lines[lines.index(found[f"task{number:02d}"]) + 1] for number in range(1, 7)]
+    assert "Python ended, exit status 0" in words[0]
+    assert re.search("no answer in 3 s, in contrastive_loss, line 1[01] ", words[1])
+    assert "raised EOFError" in words[2]
+    assert re.search("my file.py changes (torch.allclose|test_cff.close), which", words[3])
+    assert "raised SystemExit" in words[4]
+    assert "raised MemoryError" in words[5] or sys.platform != "linux"
+
+
+COPIED = """
+import importlib.util
+import losses as answers
+from losses import saturated
+
+exec(open("LOSSES", encoding="utf-8").read())
+spec = importlib.util.spec_from_file_location("mine", "LOSSES")
+mine = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mine)
+goodness = mine.goodness
+TEXT
+def inner_contrastive_loss(f, y, temperature=0.15):
+    return answers.inner_contrastive_loss(f, y, temperature)
+"""
+
+
+def test_a_folder_of_files_is_graded_into_a_table(tmp_path, graded):
+    """A file in UTF-16, one that copies in five ways, and some that cannot be read."""
+    done = "\n".join(["from torch.nn.functional import softplus",
+                      inspect.getsource(losses.goodness), inspect.getsource(losses.ff_loss)])
+    (tmp_path / "done.py").write_text(done, encoding="utf-16")
+    text = re.sub(r" *# .*", "", inspect.getsource(losses.contrastive_loss)).replace("P", "own")
+    copied = COPIED.replace("LOSSES", (ROOT / "losses.py").as_posix()).replace("TEXT", text)
+    (tmp_path / "losses.py").write_text(copied, encoding="utf-8")
+    (tmp_path / "mixed.py").write_text("if 1:\n\tx = 1\n        y = 1\n", encoding="utf-8")
+    (tmp_path / "umlaut.py").write_bytes(b"# \xfc\n")
+    tests = "worked_example_of_goodness or worked_example_of_eq"
+    status, lines, errors = graded("*.py", "--csv", "grades.csv", "-k", tests)
+    assert status == 2 and not lines and len(errors.splitlines()) == 4, errors
+    with open(tmp_path / "grades.csv", encoding="utf-8", newline="") as file:
+        rows = {row["student"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["done.py", "losses.py", "mixed.py", "umlaut.py"]
+    assert [rows["done.py"][f"task0{number}"] for number in (1, 2, 4)] == ["done", "to do", ""]
+    assert [rows["losses.py"][f"task0{number}"] for number in (1, 2, 3, 5)] == ["to do"] * 4, rows
+    assert rows["losses.py"]["words"] == "takes goodness from losses.py"
+    assert rows["mixed.py"]["words"].startswith("cannot be read: TabError")
+    assert "SyntaxError" in rows["umlaut.py"]["words"] and rows["umlaut.py"]["task10"] == "to do"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_a_file_is_read_in_its_own_encoding(tmp_path, encoding):
+    text = "# coding: latin-1\nx = 'ä'\n" if encoding == "latin-1" else "x = 'ä'\n"
+    (tmp_path / "mine.py").write_text(text, encoding=encoding, newline="")
+    assert source(tmp_path / "mine.py").lstrip("\ufeff") == text
+
+
+def test_a_notebook_is_asked_for_as_python(tmp_path, graded):
+    (tmp_path / "mine.ipynb").write_text("{}", encoding="utf-8")
+    status, _, errors = graded("mine.ipynb")
+    assert status == 2 and "a notebook: save its code as a file of Python" in errors
+
+
+def test_the_template_has_every_task_and_graded_tests_exist(tmp_path, graded):
+    status, lines, _ = graded("--template")
     assert status == 0 and "\n".join(lines) + "\n" == template()
     for number, (_, names, tests) in TASKS.items():
         for _, name in names:
             assert any(re.match(rf"(def|class) {name}\(", line) for line in lines), name
         assert set(tests) <= set(TESTS)
+
+
+def test_the_template_is_written_into_a_new_file_alone(tmp_path, graded):
+    assert graded("--template", "mine.py") == (0, [], "")
+    assert (tmp_path / "mine.py").read_text(encoding="utf-8") == template()
+    (tmp_path / "mine.py").write_text("my work", encoding="utf-8")
+    status, _, errors = graded("--template", "mine.py")
+    assert status == 2 and re.fullmatch("mine.py cannot be written: .*\n", errors)
+    assert (tmp_path / "mine.py").read_text(encoding="utf-8") == "my work"
+    with pytest.raises(SystemExit):
+        graded("mine.py", "--csv", "mine.py")                           # no table over a file
 
 
 # ------------------------------------------------------------------------------------- the README

@@ -2,8 +2,6 @@
 
     python -m pytest -q experiments/test_pipeline.py
 """
-import csv
-import functools
 import json
 import multiprocessing
 import os
@@ -23,12 +21,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import pipeline
 import train
 import vit
+from test_runs import assert_same_runs, read_log
 
 PIPED = ["--device", "cpu", "--patch-size", "16", "--limit", "225", "--batch-size", "64",
          "--epochs", "2", "--head-epochs", "1"]
 FOUR = ["--model", "vit-16-2-4"]                                    # four layers
 
-train.draw_shapes = functools.cache(train.draw_shapes)              # drawn once for all tests
 multiprocessing.set_forkserver_preload(["torch.distributed", "torchvision.transforms.v2"])
 
 
@@ -92,35 +90,6 @@ def run_alone(*argv):
         train.main([str(part) for part in argv])
     finally:
         torch.set_num_threads(threads)
-
-
-def read_log(folder):
-    with open(folder / "log.csv", newline="") as file:
-        return [{column: value for column, value in row.items() if column != "seconds"}
-                for row in csv.DictReader(file)]
-
-
-def assert_same_runs(one, other):
-    """Two runs' weights, optimizers, random states and logs are equal bit for bit, but seconds."""
-    for file in ("best.pt", "last.pt"):
-        a, b = (torch.load(run / file, weights_only=True) for run in (one, other))
-        for part in (a, b):
-            part.pop("settings", None)                              # where they are written
-            for row in part.get("log", []):
-                row.pop("seconds")
-        assert equal(a, b), f"{file} of {one} and {other} differ"
-    assert read_log(one) == read_log(other)
-
-
-def equal(a, b):
-    """Whether nested dicts and lists of tensors and numbers are the same."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")

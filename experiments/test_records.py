@@ -139,8 +139,8 @@ def test_the_sentences_have_the_accuracies_of_their_runs():
             f"{val['fig7-128-cffm-s0']} against {val['fig7-128-bp-s0']}, and "
             f"{val['fig7-128-bp-lr0001']} at half",
             f"SCL has {of['shapes-scl']}, BP {of['shapes-bp']}, CFF+M {of['shapes-cffm']}, CFF "
-            f"{of['shapes-cff']}, FF Collab {of['shapes-collab']}, FF {of['shapes-ff']} and SymBa "
-            f"{of['shapes-symba']}"):
+            f"{of['shapes-cff']}, FF {of['shapes-ff']}, SymBa {of['shapes-symba']} and FF Collab "
+            f"{of['shapes-collab']}"):
         assert said in text, f"not said: {said}"
 
 

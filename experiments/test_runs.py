@@ -330,7 +330,7 @@ def test_resume_refuses_another_setting_and_a_run_without_its_state(tmp_path, ca
 
 def test_a_fault_while_a_run_is_running_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch):
     """A full disk, SIGTERM as a queue sends it: what, in which folder, how to go on."""
-    out, save, end_epoch = tmp_path / "a b", torch.save, train.end_epoch
+    out, save = tmp_path / "a b", torch.save
 
     def full(content, path):
         save(content, path)

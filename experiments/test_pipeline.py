@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,8 @@ multiprocessing.set_forkserver_preload(["torch.distributed", "torchvision.transf
 
 def torchrun(folder, n, script, *argv):
     """Run a script by torchrun in `folder`, one thread a process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, script, *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               n, script, *argv]                        # standalone: at a port that is free
     return subprocess.run([str(part) for part in command], capture_output=True, text=True,
                           cwd=folder, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -153,9 +153,9 @@ def test_fig8_a_dead_process_ends_the_run_which_goes_on_in_others_or_by_train(al
             return whole(*arguments)
         pipeline.train_epoch = train_epoch
         pipeline.main()""")
-    began, run = time.time(), tmp_path / "run"
+    run = tmp_path / "run"
     done = torchrun(tmp_path, 2, tmp_path / "dies.py", *PIPED, *FOUR, "--out", "run")
-    assert done.returncode != 0 and time.time() - began < 120
+    assert done.returncode != 0 and (run / "log.csv").exists(), done.stderr
     assert [row["epoch"] for row in read_log(run)] == ["1"]
     shutil.copytree(run, tmp_path / "copy")
     start(tmp_path, 3, "--resume", "--out", "run")              # three go on with what two began

@@ -350,7 +350,7 @@ def draw_by_setting(axis, groups, varied):
             axis.errorbar([ticks.index(place(runs)) for runs in mine], means, yerr=spreads,
                           marker=MARKS[algo], capsize=3, **look)
     axis.set_xticks(range(len(ticks)), [value for _, value in ticks])
-    axis.set(xlabel=varied, ylabel=f"accuracy on {part} data, %")
+    axis.set(xlabel=varied, ylabel=("test" if part == "test" else "validation") + " accuracy, %")
 
 
 def draw_by_epoch(axis, groups):

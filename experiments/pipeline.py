@@ -147,10 +147,18 @@ def connect():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
 
 
-def leave():
+def leave(status=0):
     """End this process at once: gloo's threads make Python's own end at times hang or abort."""
     sys.stdout.flush()
-    os._exit(0)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def stop(number, frame):
+    """Ctrl-C, or a queue's SIGTERM, in the first process: once, as torchrun sends more of them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    raise KeyboardInterrupt
 
 
 def pack(value):
@@ -334,6 +342,7 @@ def start_run(argv):
         raise ValueError(f"{here} processes for {gpus} GPUs: start fewer, or use --device cpu")
     run = train.Run(s)
     share(len(run.model.layers), n, rank=0)                     # raises what it would raise later
+    run.lock = run.held()                                       # as long as this process lives
     run.load() if resume else run.start()
     return run
 
@@ -349,7 +358,7 @@ def lead(run):
     broadcast(None)                                             # the others end
     result = train.train(run)                                   # what is left: stage 2, the test
     print(f"test accuracy {result['test_top1']} % (top-5 {result['test_top5']} %, top-10 "
-          f"{result['test_top10']} %); test it again: python eval.py {run.folder}")
+          f"{result['test_top10']} %); test it again: python eval.py {quote(str(run.folder))}")
 
 
 def main():
@@ -358,21 +367,23 @@ def main():
     if {"-h", "--help"} & set(argv):
         print(__doc__, flush=True)
         return train.parse(["--help"])
+    run = None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL if later else stop)
     try:
         if len(argv) > 1 and argv[0] == "--schedule":
             return [show_schedule(folder) for folder in argv[1:]]
-        run = None if later else start_run(argv)
-    except (OSError, ValueError, RuntimeError) as reason:       # data, model or device at fault
-        print(f"pipeline.py: error: {str(reason).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(2)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+        if not later:
+            run = start_run(argv)
         assist() if later else lead(run)
     except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as reason:
         said = (str(reason) or "stopped").splitlines()[0]
         if run:
             said += f"; go on with: python train.py --resume --out {quote(str(run.folder))}"
-        raise SystemExit(said)
+        elif not later:                                         # data, model or device at fault
+            said = f"pipeline.py: error: {said}"
+        print(said, file=sys.stderr)
+        leave(1 if run or later else 2)
     leave()
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -164,6 +165,30 @@ def test_fig8_a_dead_process_ends_the_run_which_goes_on_in_others_or_by_train(al
     assert_same_runs(alone, run)
     run_alone("--resume", "--out", tmp_path / "copy")           # and one alone
     assert_same_runs(alone, tmp_path / "copy")
+
+
+def test_fig8_ctrl_c_is_one_line_however_often_torchrun_passes_it_on(alone, tmp_path):
+    (tmp_path / "stops.py").write_text(f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(HERE)!r})
+        import pipeline
+        whole, epochs = pipeline.train_epoch, []
+        def train_epoch(*arguments):
+            epochs.append(1)
+            if len(epochs) == 2:
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return whole(*arguments)
+        pipeline.train_epoch = train_epoch
+        pipeline.main()""")
+    (status, _, error), later = processes(tmp_path, 2, tmp_path / "stops.py", *PIPED, *FOUR,
+                                          "--out", "run")
+    assert error == "stopped; go on with: python train.py --resume --out run\n"
+    assert status == 1 and later[0] == -signal.SIGINT and later[2] == ""
+    run_alone("--resume", "--out", tmp_path / "run")
+    assert_same_runs(alone, tmp_path / "run")
 
 
 def test_fig8_pipeline_goes_on_with_a_run_that_train_began(alone, tmp_path, monkeypatch):

@@ -111,8 +111,8 @@ def collab_step(model, optimizers, x, y, augment, threshold=2.0, generator=None)
 
 def wrong_labels(y, num_classes, generator=None):
     """For each label of y (B,) one of the other classes, all equally likely: (B,), never y."""
-    shift = torch.randint(1, num_classes, y.shape, device=y.device, generator=generator)
-    return (y + shift) % num_classes
+    shift = torch.randint(1, num_classes, y.shape, generator=generator)
+    return (y + shift.to(y.device, non_blocking=True)) % num_classes
 
 
 def unit(h):

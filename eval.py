@@ -13,10 +13,12 @@ import argparse
 import csv
 import glob
 import json
+import os
 import re
 import statistics
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from torchvision.utils import save_image
 
 from losses import margins
 from train import (DEFAULTS, METRIC, SETTINGS, SHAPES, WITH_LABELS, Run, accuracy, defaults,
-                   layer_features, load_data, make_augment, mean_and_std, probe, stages)
+                   layer_features, load_data, make_augment, mean_and_std, probe, read, stages)
 
 NAMES = {"cff": "CFF", "cffm": "CFF+M", "ff": "FF", "symba": "SymBa", "collab": "FF Collab",
          "scl": "SCL", "bp": "BP+CE"}
@@ -40,14 +42,9 @@ MARKS = dict(zip(NAMES, "sD^vPXo"))
 
 def open_run(folder, data_dir=None):
     """The `train.Run` in `folder` with its best weights so far; OSError, in one line, if none."""
-    path = Path(folder) / "best.pt"
-    try:
-        best = torch.load(path, map_location="cpu", weights_only=True)
-        settings, weights = DEFAULTS | best["settings"], best["model"]
-    except Exception as reason:             # none, torn, another's: torch has many errors for that
-        raise OSError(f"{path}, the weights of a run, cannot be read ({type(reason).__name__})")
+    settings, weights = read(Path(folder) / "best.pt", "settings", "model")
     place = {"out": str(folder), "device": "auto", "data_dir": data_dir or settings["data_dir"]}
-    run = Run(settings | place)
+    run = Run(DEFAULTS | settings | place)
     run.model.load_state_dict(weights)
     return run
 
@@ -76,7 +73,8 @@ def read_record(folder):
     """The `Record` of a finished run; OSError, in one line, if the folder holds none."""
     folder = Path(folder)
     if (folder / "config.json").exists() and not (folder / "result.json").exists():
-        raise OSError(f"{folder}: not finished; python train.py --resume --out {folder}")
+        raise OSError(f"{folder}: not finished; python train.py --resume --out "
+                      + quote(str(folder)))
     try:
         files = ("config.json", "result.json")
         config, result = (json.loads((folder / file).read_text()) for file in files)
@@ -413,11 +411,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s RUN [...] | --margins M0 ML L | --show-views; --help",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="folders of runs: one is tested, several a table")
+    add, path = parser.add_argument, os.path.expanduser
+    add("runs", nargs="*", metavar="RUN", type=path,
+        help="folders of runs: one is tested, several a table")
     add("--layers", action="store_true", help="Fig. 5 of each run; layers.png in its folder")
-    add("--figure", metavar="FILE", help="draw the runs' accuracies; or the name of the picture")
-    add("--data-dir", help="where the data sets are, if not where the run found them")
+    add("--figure", metavar="FILE", type=path, help="draw the runs' accuracies; or the picture")
+    add("--data-dir", type=path, help="where the data sets are, if not where the run found them")
     add("--markdown", action="store_true", help="print the table as Markdown, also that of one run")
     add("--margins", nargs=3, metavar=("M0", "ML", "L"), help="Fig. 4a")
     add("--show-views", action="store_true", help="augmented views of images of --dataset")
@@ -447,4 +446,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a terminal may lack ± or a letter of a name
     main()

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import torch
 import torchvision
+from filelock import FileLock, Timeout          # torch itself needs it
 from torch.nn.functional import normalize, one_hot, pad
 from torchvision.transforms.v2 import functional as ops
 
@@ -164,8 +165,8 @@ def plan(run):
     prefix, warmup = ("", s["warmup"]) if stage == 1 else ("head_", 0)
     epochs, base = s[prefix + "epochs"], s[prefix + "lr"]
     while not parts:                                    # another order, if no batch has a pair
-        order = torch.randperm(len(y), device=run.device, generator=run.generator)
-        parts = cut(order, y, s, stage)
+        order = torch.randperm(len(y), generator=run.generator)
+        parts = cut(order.to(y.device), y, s, stage)
     steps = math.ceil(len(y) / s["batch_size"])
     for i, rows in enumerate(parts):
         step = run.state["epoch"] * steps + i
@@ -188,13 +189,15 @@ def validate(run):
     """The mean losses, (L,) or a scalar, of training steps on validation data that move no weight:
     so no loss is written twice. The same draws every epoch."""
     s, stage, (images, y), total = run.settings, run.state["stage"], run.val, 0
-    run.val_generator.manual_seed(s["seed"])
+    here = run.generator.get_state()
+    run.generator.manual_seed(s["seed"])
     frozen = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)     # moves no weight
-    step = make_step(s, run.model, len(run.model.layers) * [frozen], run.val_augment,
-                     run.val_generator, stage)
+    step = make_step(s, run.model, len(run.model.layers) * [frozen], run.augment, run.generator,
+                     stage)
     parts = cut(torch.arange(len(y), device=y.device), y, s, stage)
     for rows in parts:
         total += len(rows) * step(images[rows], y[rows])
+    run.generator.set_state(here)
     return total / sum(map(len, parts))
 
 
@@ -220,7 +223,8 @@ def end_epoch(run, train_loss, val_loss, start):
     chosen_by = sum(val[1:]) if but_first else val[-1]
     best = chosen_by < state["best"]
     if best:
-        state |= {"best": chosen_by, "best_epoch": state["epoch"]}
+        state["best"] = chosen_by
+        state["best_epoch"] = state["epoch"] if state["stage"] == 1 else state["best_epoch"]
     state["log"].append(row)
     run.save(best)
 
@@ -296,7 +300,12 @@ def load_tiny_imagenet(folder):
     test = [(root / "val" / "images" / file, training.class_to_idx[name])
             for file, name in (line.split("\t")[:2] for line in lines)]
     for files in (training.samples, test):
-        images = [ops.pil_to_tensor(training.loader(path)) for path, _ in files]        # RGB
+        images = []
+        for path, _ in files:
+            try:
+                images.append(ops.pil_to_tensor(training.loader(path)))                 # RGB
+            except OSError as reason:
+                raise OSError(f"{path}: {reason}")
         data += [torch.stack(images), torch.tensor([label for _, label in files])]
     return data
 
@@ -383,11 +392,8 @@ def split(images, labels, s, num_classes):
 
 def mean_and_std(images):
     """Mean and standard deviation of each channel of uint8 images, as lists of floats in 0..1."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
-    share = torch.stack(counts).double() / counts[0].sum()                              # (C, 256)
-    mean = share @ values
-    return mean.tolist(), (share @ values ** 2 - mean ** 2).sqrt().tolist()
+    both = [torch.std_mean(x.double().div_(255), correction=0) for x in images.unbind(1)]
+    return [mean.item() for _, mean in both], [std.item() for std, _ in both]
 
 
 # ------------------------------------------------------------------------------------ augmentation
@@ -410,38 +416,37 @@ def rand_augment(images, generator, num_ops=3, magnitude=14):
     ]
     unsigned = [torch.clone, lambda x: ops.posterize(x, 8 - round(4 * t)),
                 lambda x: ops.solarize(x, 255 * (1 - t)), ops.autocontrast, ops.equalize]
-    table = [partial(op, sign=sign) for op in signed for sign in (-1, 1)] + unsigned
-    # 0-17 signed, 18-22 unsigned twice: each of the 14 operations is drawn 2 times in 28
-    numbers = torch.tensor([*range(23), *range(18, 23)], device=images.device)
-    images = images.clone()
+    table = [partial(op, sign=sign) for op in signed for sign in (-1, 1)] + 2 * unsigned
+    images = images.clone()                                 # each of the 14 twice among the 28
     for _ in range(num_ops):
-        drawn = torch.randint(28, (len(images),), device=images.device, generator=generator)
+        drawn = torch.randint(28, (len(images),), generator=generator)
         for number, operation in enumerate(table):
-            rows = (numbers[drawn] == number).nonzero()[:, 0]
+            rows = (drawn == number).nonzero()[:, 0].to(images.device, non_blocking=True)
             if len(rows):
                 images[rows] = operation(images[rows])
     return images
 
 
 def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
-    """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised. kind: --augment"""
-    device, size = generator.device, 2 * padding + 1
-    mean, std = (torch.tensor(c, device=device)[:, None, None] for c in (mean, std))
+    """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised. kind: --augment
+    What is random is drawn on the CPU: the same on every device, which need not be waited for."""
+    mean, std, size = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
 
     def augment(images):
-        B, C, H, W = images.shape
+        (B, C, H, W), there = images.shape, dict(device=images.device, non_blocking=True)
         if "randaug" in kind:
             images = rand_augment(images, generator)
         if "crop" in kind:                                  # a random window of the padded image
             mode = "constant" if fill == "zeros" else "replicate"
             padded = pad(images.float(), 4 * [padding], mode).to(images.dtype)
             windows = padded.unfold(2, H, 1).unfold(3, W, 1)            # (B, C, size, size, H, W)
-            rows, columns = torch.randint(size, (2, B), device=device, generator=generator)
-            images = windows[torch.arange(B, device=device), :, rows, columns]
+            rows, columns = torch.randint(size, (2, B), generator=generator).to(**there)
+            images = windows[torch.arange(B, device=images.device), :, rows, columns]
         if flip and kind != "none":                         # each with probability 1/2
-            mirror = torch.rand(B, device=device, generator=generator) < 0.5
-            images = torch.where(mirror[:, None, None, None], images.flip(3), images)
-        return (images.float() / 255 - mean) / std
+            mirror = (torch.rand(B, 1, 1, 1, generator=generator) < 0.5).to(**there)
+            images = torch.where(mirror, images.flip(3), images)
+        shift, scale = (c[:, None, None].to(**there) for c in (mean, std))
+        return (images.float() / 255 - shift) / scale
 
     return augment
 
@@ -473,19 +478,26 @@ class Run:
         torch.manual_seed(s["seed"])
         self.model = make_model(s, self.facts).to(self.device)
         self.optimizers = make_optimizers(self.model, s)
-        self.generator = torch.Generator(self.device).manual_seed(s["seed"])
-        self.val_generator = torch.Generator(self.device)
-        make = partial(make_augment, padding=s["padding"], fill=s["fill"], mean=mean, std=std,
-                       flip=s["dataset"] != "mnist")        # a mirrored digit is another sign
-        self.augment = make(s["augment"], generator=self.generator)
-        self.val_augment = make(s["augment"], generator=self.val_generator)
-        self.normalise = make("none", generator=self.generator)
-        self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0,
-                      "encoder_epoch": 0, "log": []}
+        self.generator = torch.Generator().manual_seed(s["seed"])
+        self.augment, self.normalise = (
+            make_augment(kind, s["padding"], mean, std, self.generator, fill=s["fill"],
+                         flip=s["dataset"] != "mnist")      # a mirrored digit is another sign
+            for kind in (s["augment"], "none"))
+        self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0, "log": []}
+
+    def held(self):
+        """`with run.held():` keeps the folder for this process, OSError if another one has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return FileLock(self.folder / ".lock").acquire(timeout=0)    # ends with the process
+        except Timeout:
+            raise OSError(f"{self.folder}: another process is training this run")
 
     def start(self):
-        """Make the folder and write down every setting, the data, versions and device."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write down every setting, the data, versions and device; OSError if a run has begun."""
+        if (self.folder / "config.json").exists():
+            raise OSError(f"{self.folder} holds a run: go on with it (--resume), or name another "
+                          "(--out)")
         write(self.folder / "config.json", json.dumps({
             "command": " ".join(["python", *map(quote, sys.argv)]), "settings": self.settings,
             "data": self.facts, "threads": torch.get_num_threads(),
@@ -505,36 +517,28 @@ class Run:
         write(self.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
         write(self.folder / "last.pt", {
             **self.state, "model": weights, "generator": self.generator.get_state(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "device": self.device.type})
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
 
     def load(self):
         """Take up the last finished epoch, if any; OSError or ValueError if that cannot be."""
-        files = [self.folder / name for name in ("last.pt", "best.pt", "result.json")]
-        if not files[0].exists() and not files[2].exists():
+        if not any((self.folder / name).exists() for name in ("last.pt", "result.json")):
             return                                          # stopped before its first epoch
-        try:
-            last, _ = (torch.load(f, map_location="cpu", weights_only=True) for f in files[:2])
-        except Exception as reason:                         # best.pt will be needed later
-            raise OSError(f"{self.folder}: last.pt or best.pt: {type(reason).__name__} on reading")
-        if last["device"] != self.device.type:
-            raise ValueError(f"this run's random state is that of --device {last['device']}")
-        self.model.load_state_dict(last["model"])
-        self.generator.set_state(last["generator"])
-        self.state |= {key: last[key] for key in self.state}
+        read(self.folder / "best.pt", "model")              # will be needed later
+        weights, generator, optimizers, *progress = read(
+            self.folder / "last.pt", "model", "generator", "optimizers", *self.state)
+        self.model.load_state_dict(weights)
+        self.generator.set_state(generator)
+        self.state |= zip(self.state, progress)
         self.optimizers = make_optimizers(self.model, self.settings, self.state["stage"])
-        for optimizer, state in zip(self.optimizers, last["optimizers"]):
+        for optimizer, state in zip(self.optimizers, optimizers):
             optimizer.load_state_dict(state)
 
     def end_stage(self):
         """Take the weights with the lowest validation loss, and go on to the next stage."""
-        best = torch.load(self.folder / "best.pt", map_location=self.device, weights_only=True)
-        self.model.load_state_dict(best["model"])
-        state = self.state
-        state |= {"stage": state["stage"] + 1, "epoch": 0, "best": math.inf, "best_epoch": 0,
-                  "encoder_epoch": state["encoder_epoch"] or state["best_epoch"]}
+        self.model.load_state_dict(*read(self.folder / "best.pt", "model"))
+        self.state |= {"stage": self.state["stage"] + 1, "epoch": 0, "best": math.inf}
         self.optimizers = make_optimizers(self.model, self.settings, stage=2)
-        if state["stage"] <= stages(self.settings):
+        if self.state["stage"] <= stages(self.settings):
             self.save(best=False)
 
     def test_model(self):
@@ -543,7 +547,7 @@ class Run:
         for part, (images, y) in (("test", self.test), ("val", self.val)):
             found = accuracy(self.model, images, y, self.normalise, s)
             result |= {f"{part}_top{k}": value for k, value in found.items()}
-        result |= {"metric": METRIC.get(s["dataset"], "top1"), "best_epoch": state["encoder_epoch"],
+        result |= {"metric": METRIC.get(s["dataset"], "top1"), "best_epoch": state["best_epoch"],
                    "seconds": round(sum(row["seconds"] for row in state["log"]), 1)}
         write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         return result
@@ -559,6 +563,15 @@ def make_model(s, facts):
     return build_model(s["model"], facts["image_shape"], facts["num_classes"], labels, **options)
 
 
+def read(path, *names):
+    """A list of what torch has saved by these names; OSError, in one line, if that cannot be."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return [saved[name] for name in names]
+    except Exception as reason:                 # none, torn, another's: torch has many errors
+        raise OSError(f"{path} cannot be read ({type(reason).__name__})")
+
+
 def write(path, content):
     """Write text, or what torch can save, to a file and put it in the place of `path` at once."""
     temporary = path.with_name(path.name + ".tmp")
@@ -567,6 +580,11 @@ def write(path, content):
             temporary.write_text(content)
         else:
             torch.save(content, temporary)
+        for seconds in (0.1, 1, 10):
+            try:
+                return temporary.replace(path)
+            except PermissionError:                     # Windows, while another program reads it
+                time.sleep(seconds)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)               # what a full disk has cut off
@@ -597,6 +615,8 @@ def parse(argv=None):
         parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **kind)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     typed = vars(parser.parse_args(argv))
+    for name in {"out", "data_dir"} & set(typed):
+        typed[name] = os.path.expanduser(typed[name])
     resume = typed.pop("resume", False)
     s = DEFAULTS | typed
     s = defaults(s["dataset"], s["algo"], s["recipe"]) | typed
@@ -608,14 +628,11 @@ def parse(argv=None):
         others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in plain]
         s["out"] = "runs/" + "-".join([*(s[name] for name in plain[:3]), *others, f"s{s['seed']}"])
     folder = Path(s["out"])
-    if (folder / "config.json").exists() != resume:
-        parser.error(f"there is no run in {folder} to resume" if resume else
-                     f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if resume:
         try:
             s = DEFAULTS | json.loads((folder / "config.json").read_text())["settings"]
-        except (ValueError, LookupError, TypeError):
-            parser.error(f"{folder / 'config.json'} is not that of a run")
+        except (OSError, ValueError, LookupError, TypeError):
+            parser.error(f"no run to resume: {folder / 'config.json'} is not there, or not a run's")
         others = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
         if others:
             parser.error(f"--resume keeps the run's settings: {', '.join(others)} cannot change")
@@ -629,10 +646,11 @@ def main(argv=None):
     begun = False
     try:
         run = Run(settings)
-        run.load() if resume else run.start()
-        begun = True
-        print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings))
-        result = train(run)
+        with run.held():
+            run.load() if resume else run.start()
+            begun = True
+            print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings))
+            result = train(run)
         print("test accuracy {test_top1} % (top-5 {test_top5} %, top-10 {test_top10} %); test it "
               "again: python eval.py".format(**result), quote(settings["out"]))
     except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as reason:
@@ -647,4 +665,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")            # a terminal may lack a letter of --out
     main()

@@ -165,11 +165,13 @@ def grade_all(paths, only, seconds, table=None):
 def grade(arguments):
     """The exit status: 0 if all that was asked for is done, 1 if not, 2 if nothing was graded."""
     parser = argparse.ArgumentParser(prog="grade.py", description="Grade files of the ten tasks.")
-    parser.add_argument("files", nargs="*", metavar="mine.py")
+    parser.add_argument("files", nargs="*", metavar="mine.py", type=os.path.expanduser)
     parser.add_argument("-k", dest="only", default="", metavar="task04", help="these alone")
     parser.add_argument("--seconds", type=float, default=60, help="limit for a task, default 60")
-    parser.add_argument("--csv", metavar="grades.csv", help="write a row a file, a column a task")
+    parser.add_argument("--csv", metavar="grades.csv", type=os.path.expanduser,
+                        help="write a row a file, a column a task")
     parser.add_argument("--template", nargs="?", const="", metavar="mine.py",
+                        type=os.path.expanduser,
                         help="write what to start from into a new file, or print it")
     options = parser.parse_args(arguments)
     paths = [path for name in options.files             # Windows leaves *.py to the program

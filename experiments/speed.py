@@ -392,7 +392,7 @@ def main(argv=None):
     add("--batch-size", type=int, default=512, help="[512]")
     add("--rounds", type=int, default=5, help="measured rounds, after one to warm up [5]")
     add("--batches", type=int, default=20, help="with torchrun, of each measurement [20]")
-    add("--json", metavar="FILE", help="write the numbers there too")
+    add("--json", metavar="FILE", type=os.path.expanduser, help="write the numbers there too")
     args = parser.parse_args(argv)
     processes = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 0
     if min(args.rounds, args.batches) < 1 or args.batch_size < max(2, processes):

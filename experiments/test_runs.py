@@ -55,11 +55,13 @@ def result_of(folder):
 # ------------------------------------------------------------------------- training and testing
 
 def test_train_and_eval_from_the_command_line(tmp_path):
-    """The commands of the README, small: shapes are learned, eval.py finds the same accuracy."""
+    """The commands of the README, small: shapes are learned, eval.py finds the same accuracy; in a
+    terminal that has no ü."""
     def script(name, *flags):
         return subprocess.run([sys.executable, ROOT / name, *flags], capture_output=True, text=True,
-                              cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    out = tmp_path / "run"
+                              cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                                 "PYTHONIOENCODING": "ascii"})
+    out = tmp_path / "rün"
     flags = ["--model", "vit-32-4-2", "--limit", "4500", "--epochs", "12", "--head-epochs", "2",
              "--out", str(out)]
     done = script("train.py", *flags)
@@ -67,7 +69,7 @@ def test_train_and_eval_from_the_command_line(tmp_path):
     result, config = result_of(out), json.loads((out / "config.json").read_text())
     assert result["test_top1"] > 40 and result["test_top10"] == 100 and result["metric"] == "top1"
     assert config["settings"]["epochs"] == 12 and config["data"]["images"] == [4500, 500, 2000]
-    assert config["threads"] >= 1 and config["command"].endswith(f"--out {out}")
+    assert config["threads"] >= 1 and config["command"].endswith(f"--out '{out}'")
     rows = read_log(out)
     stages = [(row["stage"], row["epoch"]) for row in rows]
     assert stages == [("1", str(epoch)) for epoch in range(1, 13)] + [("2", "1"), ("2", "2")]
@@ -142,8 +144,9 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(tmp_path, monkeypa
     monkeypatch.setattr(train, "make_step", make_step)
     monkeypatch.setattr(train, "validate", lambda run: torch.tensor(next(values)))
     run = train.Run(settings_of(*SMALL, "--model", "mlp-8-2", out=str(tmp_path / "run")))
-    run.start()
-    assert train.train(run)["best_epoch"] == 2
+    with run.held():
+        run.start()
+        assert train.train(run)["best_epoch"] == 2
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
     assert (best["layers.1.0.weight"] == 2).all() and (best["head.1.weight"] == 2).all()
     assert {weight for weight, stage in seen if stage == 2} == {2.0}, "from the encoder's best"
@@ -161,9 +164,8 @@ def test_every_setting_reaches_what_it_names():
     assert run.model.layers[0][0].position.std().item() == pytest.approx(0.5, rel=0.2)
     white = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
     black = run.normalise(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    for augment in (run.augment, run.val_augment):      # validation's views are augmented as well
-        rows = (augment(white) == black)[:, 0, :, 16].sum(dim=1)
-        assert rows.max() == 2, "up to 2 black rows"
+    rows = (run.augment(white) == black)[:, 0, :, 16].sum(dim=1)
+    assert rows.max() == 2, "up to 2 black rows"
     assert torch.equal(run_with("--fill", "edge").augment(white), run.normalise(white))
     g_pos, g_neg = goodness_pair()
     for algo, flag, loss in (("ff", "--threshold", losses.ff_loss(g_pos, g_neg, 3.0)),
@@ -319,12 +321,12 @@ def test_resume_refuses_another_setting_and_a_run_without_its_state(tmp_path, ca
         (tmp_path / "other" / "config.json").write_text(text)
         with pytest.raises(SystemExit):
             train.parse(["--resume", "--out", str(tmp_path / "other")])
-        assert "config.json is not that of a run" in capsys.readouterr().err
+        assert "config.json is not there, or not a run's" in capsys.readouterr().err
     before = (out / "log.csv").read_text()
     (out / "last.pt").unlink()                          # as in experiments/records
     with pytest.raises(SystemExit) as ended:
         run_main("--resume", "--out", out)
-    assert ended.value.code == 2 and "last.pt or best.pt" in capsys.readouterr().err
+    assert ended.value.code == 2 and "last.pt cannot be read" in capsys.readouterr().err
     assert (out / "log.csv").read_text() == before
 
 
@@ -354,6 +356,46 @@ def test_a_fault_while_a_run_is_running_is_one_line_and_nothing_is_lost(tmp_path
     assert_same_runs(tmp_path / "whole", out)
 
 
+def test_one_folder_is_one_runs(tmp_path, capsys):
+    """Whoever comes second is refused; what a killed process held, the system has let go."""
+    def refused(words, *flags):
+        with pytest.raises(SystemExit) as ended:
+            run_main(*flags, "--out", tmp_path)
+        assert ended.value.code == 2 and words in capsys.readouterr().err
+    first = train.Run(settings_of(*TINY, out=str(tmp_path)))
+    with first.held():
+        refused("another process is training this run", *TINY)      # started together
+        first.start()
+        refused("another process is training this run", "--resume")
+    refused("holds a run: go on with it (--resume)", *TINY)
+    hold = "import train; run = train.Run(train.parse(['--out', '.'])[0]); held = run.held(); "
+    killed = [sys.executable, "-c", hold + "import os; print(flush=True); os.kill(os.getpid(), 9)"]
+    process = subprocess.Popen(killed, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               stdout=subprocess.PIPE)
+    process.wait()
+    assert process.stdout.read() and (tmp_path / ".lock").exists()
+    run_main("--resume", "--out", tmp_path)
+
+
+def test_a_file_that_another_program_reads_is_replaced_when_it_is_free(tmp_path, monkeypatch):
+    """Windows raises PermissionError while another process has the file open."""
+    waits, replace = [], Path.replace
+
+    def busy(path, target):
+        if len(waits) < tries:
+            raise PermissionError(f"Access is denied: {target}")
+        replace(path, target)
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    tries = 2
+    train.write(tmp_path / "log.csv", "new")
+    assert (tmp_path / "log.csv").read_text() == "new" and waits == [0.1, 1]
+    tries = 9
+    with pytest.raises(PermissionError, match="log.csv"):
+        train.write(tmp_path / "log.csv", "newer")
+    assert os.listdir(tmp_path) == ["log.csv"], "nothing half-written is left"
+
+
 def test_a_reader_that_goes_away_ends_a_run_with_one_line(tmp_path):
     command = [sys.executable, ROOT / "train.py", *SMALL, "--epochs", "200", "--out", "run"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -371,7 +413,7 @@ def test_a_reader_that_goes_away_ends_a_run_with_one_line(tmp_path):
     (["--model", "resnet"], "a model is named"), (["--limit", "100000"], "there are 9000 training"),
     (["--dataset", "cifar11"], "invalid choice"), (["--m0", "3"], "m0 must lie in 0..2"),
     (["--epochs", "0"], "epochs"), (["--temperature", "0"], "temperature"), (["--lr", "nan"], "lr"),
-    (["--resume"], "no run in"), (["--batch", "64"], "unrecognized"),
+    (["--resume"], "no run to resume"), (["--batch", "64"], "unrecognized"),
     (["--views", "1", "--limit", "36", "--batch-size", "2", "--seed", "8"], "two images of a"),
     (["--limit", "10"], "need two classes"),
 ])
@@ -397,6 +439,18 @@ def test_a_setting_comes_from_what_is_typed_then_the_recipe_then_the_data_set():
     symba = settings_of("--dataset", "mnist", "--algo", "symba", "--recipe", "mlp")
     names = ("alpha", "lr", "epochs", "model")
     assert [symba[name] for name in names] == [4, 0.1, 40, "mlp-500-3"]
+
+
+def test_a_path_is_what_people_type(monkeypatch, tmp_path, capsys):
+    """`--out=~/x` and `--data-dir '~/x'`, which no shell expands, nor PowerShell any."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))                            # Windows
+    s, _ = train.parse(["--out=~/a b", "--data-dir=~/data"])
+    assert s["out"] == str(tmp_path / "a b") and s["data_dir"] == str(tmp_path / "data")
+    run_main(*TINY, "--out=~/a b")
+    (tmp_path / "a b" / "result.json").unlink()
+    assert run_eval("~/a*") == 0 and run_eval("~/a b", "--markdown") == 2
+    assert f"--resume --out '{tmp_path}/a b'" in capsys.readouterr().err
 
 
 def test_a_run_is_named_by_what_is_typed():
@@ -468,6 +522,10 @@ def test_tiny_imagenets_layout(tmp_path):
     assert y.tolist() == [0, 0, 1, 1] and test_y.tolist() == [1, 1, 0, 0]       # n01 is the bright
     for part, labels in ((images, y), (test_images, test_y)):
         assert [image.float().mean() > 100 for image in part] == [label == 0 for label in labels]
+    with open(root / "train" / "n02" / "images" / "1.JPEG", "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(OSError, match=r"tinyimagenet .* \(\S*n02.images.1.JPEG: (?i:.*truncated)"):
+        train.load_data("tinyimagenet", tmp_path)
     (root / "val" / "val_annotations.txt").unlink()     # a torn copy
     with pytest.raises(OSError, match="tinyimagenet could not be loaded"):
         train.load_data("tinyimagenet", tmp_path)

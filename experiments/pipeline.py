@@ -148,7 +148,10 @@ def connect():
 
 
 def leave(status=0):
-    """End this process at once: gloo's threads make Python's own end at times hang or abort."""
+    """End this process; at once if it has joined others, as gloo's threads make Python's own end at
+    times hang or abort."""
+    if not dist.is_initialized():
+        raise SystemExit(status)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -81,12 +81,13 @@ def _size(P):
 
 
 def _mean_over_anchors(L_i, P):
-    """The mean of L_i (2B,) over the rows that have a positive; ValueError if none has."""
+    """The mean of L_i (2B,) over the rows that have a positive; if none has, ValueError, or nan on
+    a GPU, whose answer would have to be waited for."""
     anchors = P.any(dim=1)
-    if not anchors.any():
+    if anchors.device.type == "cpu" and not anchors.any():
         raise ValueError("no row has a positive: every class occurs once in this batch; "
                          "use two views or larger batches")
-    return L_i[anchors].mean()
+    return L_i.masked_fill(~anchors, 0).sum() / anchors.sum()
 
 
 # ---------------------------------------------------------------------- losses (Eqs. 3, 12, 14-17)

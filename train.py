@@ -69,6 +69,7 @@ SETTINGS = {
     "threshold": (2.0, FROM_0, "theta of Eq. 2 (ff, collab)"),
     "alpha": (1.0, (1e-6, math.inf), "alpha of Eq. 7 (symba)"),
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
+    "plain": (False, None, "no short cut through a layer's work (vit.forward_for_local_loss)"),
     "seed": (0, None, "of the validation split, the weights and every draw"),
     "device": ("auto", ["auto", "cpu", "cuda"], "auto: cuda if there is one"),
     "out": ("", None, "folder of the run; if not given, runs/ and a name made of the settings"),
@@ -560,6 +561,7 @@ def make_model(s, facts):
         labels = "patch" if vit else "random" if s["algo"] == "symba" else "one-hot"
     if vit:
         options = {name: s[name] for name in ("patch_size", "pool", "position_std")}
+        options["local_loss"] = not s["plain"] and s["algo"] not in ("scl", "bp")
     return build_model(s["model"], facts["image_shape"], facts["num_classes"], labels, **options)
 
 

@@ -57,10 +57,14 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        B, T, E = x.shape
+        return self.attend(self.qkv(x))
+
+    def attend(self, qkv):
+        """What follows the projection to queries, keys and values: (B, T, 3E) -> (B, T, E)."""
+        B, T, E = *qkv.shape[:2], self.out.in_features
         H, d = self.num_heads, E // self.num_heads
-        q, k, v = self.qkv(x).view(B, T, 3, H, d).permute(2, 0, 3, 1, 4)    # (B, H, T, d) each
-        if x.is_cuda:
+        q, k, v = qkv.view(B, T, 3, H, d).permute(2, 0, 3, 1, 4)            # (B, H, T, d) each
+        if qkv.device.type != "cpu":
             h = F.scaled_dot_product_attention(q, k, v)     # the formula below in one fused call
         else:                                               # faster on a CPU
             h = (q / d ** 0.5 @ k.mT).softmax(dim=-1) @ v   # softmax(q k^T / sqrt(d)) v
@@ -71,19 +75,50 @@ class EncoderLayer(nn.Module):
     """One pre-norm encoder layer of Section 3.4, without dropout: (B, T, E) -> (B, T, E).
 
     In its start and in what it computes equal to torch.nn.TransformerEncoderLayer(E, H, 2 * E,
-    dropout=0, activation="gelu", norm_first=True, batch_first=True).
+    dropout=0, activation="gelu", norm_first=True, batch_first=True). loss_sees: None, or "mean" or
+    "token" where the loss is one of that alone, see `forward_for_local_loss`.
     """
 
-    def __init__(self, embed_dim, num_heads):
+    def __init__(self, embed_dim, num_heads, loss_sees=None):
         super().__init__()
+        self.loss_sees, self.is_last = loss_sees, False
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.attention = Attention(embed_dim, num_heads)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, 2 * embed_dim), nn.GELU(),
                                  nn.Linear(2 * embed_dim, embed_dim))
 
     def forward(self, x):
+        if self.loss_sees and torch.is_grad_enabled():
+            return self.forward_for_local_loss(x)
         z = self.attention(self.norm1(x)) + x                   # z = MSA(LN(x)) + x
         return self.mlp(self.norm2(z)) + z                      # f = MLP(LN(z)) + z
+
+    def forward_for_local_loss(self, x):
+        """`forward` for a loss of pool(f) alone: f without a graph, f.pooled (B, E) with one. The
+        same but for rounding in three quarters of the work: W2 has in its backward pass a row an
+        image, not one a token, and nothing asks for the gradient of an x that has no graph."""
+        qkv, norm, (first, gelu, second) = self.attention.qkv, self.norm1, self.mlp
+        if x.requires_grad:                                     # layer 1: the embedding's output
+            projected = qkv(norm(x))
+        else:       # LN(x) W^T + b = x_hat (W diag(g))^T + (b + W beta), x_hat = (x - mean) / std
+            x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+            projected = F.linear(x_hat, qkv.weight * norm.weight,
+                                 qkv.bias + qkv.weight @ norm.bias)
+        z = self.attention.attend(projected) + x
+        u = gelu(first(self.norm2(z)))
+        # pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)
+        pooled = second(pool(u, self.loss_sees)) + pool(z, self.loss_sees)
+        if self.is_last:                                        # no layer reads its whole f
+            return pooled[:, None]
+        with torch.no_grad():
+            f = second(u) + z
+        f.pooled = pooled
+        return f
+
+
+def pool(h, kind):
+    """(B, T, E) -> (B, E) by "mean" or "token"; a sum, as a mean's backward pass writes T rows."""
+    return h.sum(dim=1) / h.shape[1] if kind == "mean" else h[:, 0]
 
 
 # ------------------------------------------------------------------------ labels as inputs (Fig. 2)
@@ -134,11 +169,13 @@ class ViT(nn.Module):
 
     pool: "mean" over the tokens (Eq. 13) or "token", the class token's output (Table 5). labels:
     None, or "patch": a random, fixed patch for each class stands before the image's (Algorithm 1,
-    right). Raises ValueError for another pool or other labels, and as `patchify` and `Attention`.
+    right). local_loss=True: trained by a loss of each layer's pooled output alone, which spares a
+    quarter of the work. Raises ValueError for another pool or other labels, and as `patchify` and
+    `Attention`.
     """
 
     def __init__(self, image_shape, num_classes, embed_dim, num_heads, num_layers, labels=None,
-                 patch_size=4, pool="mean", position_std=1.0):
+                 patch_size=4, pool="mean", position_std=1.0, local_loss=False):
         super().__init__()
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
@@ -149,7 +186,9 @@ class ViT(nn.Module):
         self.register_buffer("labels", label_table(num_classes, patch_dim) if labels else None)
         embedding = PatchEmbedding(patch_dim, num_tokens + bool(labels), embed_dim,
                                    pool == "token", position_std)
-        self.layers = nn.ModuleList(EncoderLayer(embed_dim, num_heads) for _ in range(num_layers))
+        self.layers = nn.ModuleList(EncoderLayer(embed_dim, num_heads, pool if local_loss else None)
+                                    for _ in range(num_layers))
+        self.layers[-1].is_last = True
         self.layers[0] = nn.Sequential(embedding, self.layers[0])
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
@@ -160,7 +199,7 @@ class ViT(nn.Module):
 
     def pool(self, h):
         """A layer's output, one vector an image: (B, T, E) -> (B, E). Eq. 13: 1/T sum_j f_ij."""
-        return h.mean(dim=1) if self.pooling == "mean" else h[:, 0]
+        return h.pooled if hasattr(h, "pooled") else pool(h, self.pooling)
 
 
 class MLP(nn.Module):

@@ -103,7 +103,7 @@ def random_run(method, name, dataset, batch_size, device, **changes):
     algo, views = METHODS[method]
     shape, classes = KINDS[dataset]
     s = defaults(dataset, algo) | {"model": name, "views": views} | changes
-    facts, generator = {"image_shape": shape, "num_classes": classes}, torch.Generator(device)
+    facts, generator = {"image_shape": shape, "num_classes": classes}, torch.Generator()
     augment = make_augment(s["augment"], s["padding"], shape[0] * [0.5], shape[0] * [0.25],
                            generator)
     x = torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device)

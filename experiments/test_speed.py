@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -18,6 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import speed
 import train
 import vit
+from test_cff import close
 from test_pipeline import processes
 
 CPU = torch.device("cpu")
@@ -27,6 +29,68 @@ def small_product(device):
     """In the place of `speed.matrix_product`, which takes a fourth of a second."""
     matrix = torch.randn(64, 64, device=device)
     return lambda: matrix @ matrix, 2 * 64 ** 3
+
+
+# ---------------------------------------------------------- the short cut through a layer's work
+
+def train_some(model, dtype, batch_size, updates, **changes):
+    """Losses of each update and all weights after them; GFLOP of the first."""
+    run = speed.random_run("CFF+M, 2 views", model, "cifar10", batch_size, CPU, **changes)
+    run.model.to(dtype)
+    optimizers = train.make_optimizers(run.model, run.settings)
+    step = train.make_step(run.settings, run.model, optimizers,
+                           lambda x: run.augment(x).to(dtype), run.generator)
+    with FlopCounterMode(display=False) as counter:
+        losses = [step(run.x, run.y)]
+    losses += [step(run.x, run.y) for _ in range(updates - 1)]
+    weights = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    return torch.stack(losses), weights, counter.get_total_flops() / 1e9
+
+
+@pytest.mark.parametrize("pool", ["mean", "token"])
+@pytest.mark.parametrize("algo, views", [("cff", 1), ("cff", 2), ("cffm", 1), ("cffm", 2),
+                                         ("ff", 1), ("symba", 1), ("collab", 1)])
+def test_the_short_cut_trains_as_the_plain_way(algo, views, pool):
+    plain, short = (train_some("vit-16-2-3", torch.float64, 8, 5, algo=algo, views=views, pool=pool,
+                               plain=plain, lr=0.004) for plain in (True, False))
+    for a, b, what in zip(plain, short, ("losses", "weights")):
+        close(b, a, f"{what} of {algo}", 1e-10)
+    assert short[2] < plain[2], "and is shorter"
+
+
+def test_the_short_cut_takes_three_quarters_of_the_work():
+    plain, short = (train_some("vit-128-4-5", torch.float32, 4, 1, plain=plain)[2]
+                    for plain in (True, False))
+    assert 0.7 < short / plain < 0.77
+
+
+@pytest.mark.parametrize("algo, augment", [("cffm", "crop"), ("cffm", "crop+randaug"),
+                                           ("ff", "crop"), ("symba", "flip"), ("collab", "crop"),
+                                           ("scl", "crop"), ("bp", "crop")])
+@pytest.mark.parametrize("plain", [True, False])
+def test_nothing_in_a_step_waits_for_the_device(algo, augment, plain):
+    """On the device "meta", where tensors have no values: who asks for one gets an error."""
+    meta = torch.device("meta")
+    run = speed.random_run("CFF+M, 2 views", "vit-16-2-3", "cifar10", 8, CPU, algo=algo, plain=plain,
+                           augment=augment)
+    model, x, y = run.model.to(meta), run.x.to(meta), run.y.to(meta)
+    parts = [model] if algo in ("scl", "bp") else model.layers
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]     # AdamW refuses
+    step = train.make_step(run.settings, model, optimizers, run.augment, run.generator)
+    assert step(x, y).device == meta
+    with pytest.raises(RuntimeError, match="meta"):
+        step(x, y).sum().item()
+
+
+def test_only_a_local_loss_takes_the_short_cut():
+    for algo, short in (("cff", True), ("collab", True), ("scl", False), ("bp", False)):
+        s = train.defaults("shapes", algo) | {"model": "vit-16-2-2"}
+        model = train.make_model(s, {"image_shape": (3, 32, 32), "num_classes": 10})
+        y = torch.zeros(2, dtype=torch.long) if algo == "collab" else None
+        h = model.layers[0](model.patches(torch.randn(2, 3, 32, 32), y))
+        assert h.requires_grad != short and model.pool(h).requires_grad, algo
+        with torch.no_grad():
+            assert model.layers[1](h).shape == h.shape and not hasattr(model.layers[1](h), "pooled")
 
 
 # ------------------------------------------------------------------------- one process alone

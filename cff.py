@@ -76,7 +76,7 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
     """Train every layer on one batch by Algorithm 1, right; returns the losses, (L,).
 
     loss: (g_pos, g_neg), both (B,) -> scalar: `losses.ff_loss` for FF, `losses.symba_loss` for
-    SymBa. generator: of the wrong labels. collab=True is FF Collab, with all layers' goodness.
+    SymBa. generator: of the wrong labels, on the CPU. collab=True is FF Collab (all goodness).
     """
     losses = []
     x = augment(x)                                      # x, y_wrong = augment(x), wrong(y)

@@ -393,8 +393,11 @@ def split(images, labels, s, num_classes):
 
 def mean_and_std(images):
     """Mean and standard deviation of each channel of uint8 images, as lists of floats in 0..1."""
-    both = [torch.std_mean(x.double().div_(255), correction=0) for x in images.unbind(1)]
-    return [mean.item() for _, mean in both], [std.item() for std, _ in both]
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    share = torch.stack(counts).double() / counts[0].sum()                              # (C, 256)
+    mean = share @ values
+    return mean.tolist(), (share @ values ** 2 - mean ** 2).sqrt().tolist()
 
 
 # ------------------------------------------------------------------------------------ augmentation
@@ -430,7 +433,7 @@ def rand_augment(images, generator, num_ops=3, magnitude=14):
 
 def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
     """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised. kind: --augment
-    What is random is drawn on the CPU: the same on every device, which need not be waited for."""
+    What is random is drawn on the CPU, so it is the same on every device."""
     mean, std, size = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
 
     def augment(images):
@@ -497,8 +500,7 @@ class Run:
     def start(self):
         """Write down every setting, the data, versions and device; OSError if a run has begun."""
         if (self.folder / "config.json").exists():
-            raise OSError(f"{self.folder} holds a run: go on with it (--resume), or name another "
-                          "(--out)")
+            raise OSError(f"{self.folder} holds a run")     # begun since `parse` looked
         write(self.folder / "config.json", json.dumps({
             "command": " ".join(["python", *map(quote, sys.argv)]), "settings": self.settings,
             "data": self.facts, "threads": torch.get_num_threads(),
@@ -529,7 +531,7 @@ class Run:
             self.folder / "last.pt", "model", "generator", "optimizers", *self.state)
         self.model.load_state_dict(weights)
         self.generator.set_state(generator)
-        self.state |= zip(self.state, progress)
+        self.state = dict(zip(self.state, progress))
         self.optimizers = make_optimizers(self.model, self.settings, self.state["stage"])
         for optimizer, state in zip(self.optimizers, optimizers):
             optimizer.load_state_dict(state)
@@ -626,10 +628,12 @@ def parse(argv=None):
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
     if not s["out"]:
-        plain = ("dataset", "algo", "model", "seed", "data_dir", "device", "out")
-        others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in plain]
-        s["out"] = "runs/" + "-".join([*(s[name] for name in plain[:3]), *others, f"s{s['seed']}"])
+        known = ("dataset", "algo", "model", "seed", "data_dir", "device", "out")
+        others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in known]
+        s["out"] = "runs/" + "-".join([*(s[name] for name in known[:3]), *others, f"s{s['seed']}"])
     folder = Path(s["out"])
+    if not resume and (folder / "config.json").exists():
+        parser.error(f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if resume:
         try:
             s = DEFAULTS | json.loads((folder / "config.json").read_text())["settings"]

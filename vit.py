@@ -75,8 +75,8 @@ class EncoderLayer(nn.Module):
     """One pre-norm encoder layer of Section 3.4, without dropout: (B, T, E) -> (B, T, E).
 
     In its start and in what it computes equal to torch.nn.TransformerEncoderLayer(E, H, 2 * E,
-    dropout=0, activation="gelu", norm_first=True, batch_first=True). loss_sees: None, or "mean" or
-    "token" where the loss is one of that alone, see `forward_for_local_loss`.
+    dropout=0, activation="gelu", norm_first=True, batch_first=True). loss_sees: the pooling, "mean"
+    or "token", if the layer's loss sees the pooled output alone (`forward_for_local_loss`).
     """
 
     def __init__(self, embed_dim, num_heads, loss_sees=None):
@@ -94,9 +94,9 @@ class EncoderLayer(nn.Module):
         return self.mlp(self.norm2(z)) + z                      # f = MLP(LN(z)) + z
 
     def forward_for_local_loss(self, x):
-        """`forward` for a loss of pool(f) alone: f without a graph, f.pooled (B, E) with one. The
-        same but for rounding in three quarters of the work: W2 has in its backward pass a row an
-        image, not one a token, and nothing asks for the gradient of an x that has no graph."""
+        """`forward` for a loss of pool(f) alone: f without a graph, f.pooled (B, E) with one; of
+        the last layer, whose f no layer reads, pool(f) as (B, 1, E). Equal but for rounding, with
+        less work: W2's backward pass has a row an image, and none goes through W_qkv to LN(x)."""
         qkv, norm, (first, gelu, second) = self.attention.qkv, self.norm1, self.mlp
         if x.requires_grad:                                     # layer 1: the embedding's output
             projected = qkv(norm(x))

@@ -387,6 +387,11 @@ def main():
             said = f"pipeline.py: error: {said}"
         print(said, file=sys.stderr)
         leave(1 if run or later else 2)
+    except SystemExit as reason:                                # a loss that is not a number
+        if not dist.is_initialized():
+            raise
+        print(reason, file=sys.stderr)
+        leave(1)
     leave()
 
 

@@ -368,7 +368,8 @@ def test_one_folder_is_one_runs(tmp_path, capsys):
         first.start()
         refused("another process is training this run", "--resume")
     refused("holds a run: go on with it (--resume)", *TINY)
-    hold = "import train; run = train.Run(train.parse(['--out', '.'])[0]); held = run.held(); "
+    hold = ("import train; run = train.Run(train.parse(['--resume', '--out', '.'])[0]); "
+            "held = run.held(); ")
     killed = [sys.executable, "-c", hold + "import os; print(flush=True); os.kill(os.getpid(), 9)"]
     process = subprocess.Popen(killed, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
                                stdout=subprocess.PIPE)

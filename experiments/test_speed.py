@@ -71,8 +71,8 @@ def test_the_short_cut_takes_three_quarters_of_the_work():
 def test_nothing_in_a_step_waits_for_the_device(algo, augment, plain):
     """On the device "meta", where tensors have no values: who asks for one gets an error."""
     meta = torch.device("meta")
-    run = speed.random_run("CFF+M, 2 views", "vit-16-2-3", "cifar10", 8, CPU, algo=algo, plain=plain,
-                           augment=augment)
+    run = speed.random_run("CFF+M, 2 views", "vit-16-2-3", "cifar10", 8, CPU, algo=algo,
+                           plain=plain, augment=augment)
     model, x, y = run.model.to(meta), run.x.to(meta), run.y.to(meta)
     parts = [model] if algo in ("scl", "bp") else model.layers
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]     # AdamW refuses

@@ -2,6 +2,7 @@
 
     python -m pytest -q experiments/test_pipeline.py
 """
+import inspect
 import json
 import multiprocessing
 import os
@@ -141,21 +142,40 @@ def test_fig8_other_methods_and_models_in_the_pipeline(tmp_path, flags):
     assert_same_runs(tmp_path / "one", tmp_path / "piped")
 
 
+def pipeline_that(happens, folder):
+    """A script in `folder`: pipeline.py, with happens() in each process before its 2nd epoch."""
+    script = folder / "script.py"
+    script.write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import pipeline
+{inspect.getsource(happens)}
+whole, epochs = pipeline.train_epoch, []
+def train_epoch(*arguments):
+    epochs.append(1)
+    if len(epochs) == 2:
+        {happens.__name__}()
+    return whole(*arguments)
+pipeline.train_epoch = train_epoch
+pipeline.main()
+""")
+    return script
+
+
+def the_second_dies():
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+
+
+def ctrl_c_and_torchruns_own():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_fig8_a_dead_process_ends_the_run_which_goes_on_in_others_or_by_train(alone, tmp_path):
-    (tmp_path / "dies.py").write_text(f"""if True:
-        import os, sys
-        sys.path.insert(0, {str(HERE)!r})
-        import pipeline
-        whole, epochs = pipeline.train_epoch, []
-        def train_epoch(*arguments):
-            epochs.append(1)
-            if len(epochs) == 2 and os.environ["RANK"] == "1":
-                os.kill(os.getpid(), 9)
-            return whole(*arguments)
-        pipeline.train_epoch = train_epoch
-        pipeline.main()""")
-    run = tmp_path / "run"
-    done = torchrun(tmp_path, 2, tmp_path / "dies.py", *PIPED, *FOUR, "--out", "run")
+    run, script = tmp_path / "run", pipeline_that(the_second_dies, tmp_path)
+    done = torchrun(tmp_path, 2, script, *PIPED, *FOUR, "--out", "run")
     assert done.returncode != 0 and (run / "log.csv").exists(), done.stderr
     assert [row["epoch"] for row in read_log(run)] == ["1"]
     shutil.copytree(run, tmp_path / "copy")
@@ -168,27 +188,24 @@ def test_fig8_a_dead_process_ends_the_run_which_goes_on_in_others_or_by_train(al
 
 
 def test_fig8_ctrl_c_is_one_line_however_often_torchrun_passes_it_on(alone, tmp_path):
-    (tmp_path / "stops.py").write_text(f"""if True:
-        import os, signal, sys
-        sys.path.insert(0, {str(HERE)!r})
-        import pipeline
-        whole, epochs = pipeline.train_epoch, []
-        def train_epoch(*arguments):
-            epochs.append(1)
-            if len(epochs) == 2:
-                try:
-                    os.kill(os.getpid(), signal.SIGINT)
-                finally:
-                    os.kill(os.getpid(), signal.SIGTERM)
-            return whole(*arguments)
-        pipeline.train_epoch = train_epoch
-        pipeline.main()""")
-    (status, _, error), later = processes(tmp_path, 2, tmp_path / "stops.py", *PIPED, *FOUR,
-                                          "--out", "run")
+    script = pipeline_that(ctrl_c_and_torchruns_own, tmp_path)
+    (status, _, error), later = processes(tmp_path, 2, script, *PIPED, *FOUR, "--out", "run")
     assert error == "stopped; go on with: python train.py --resume --out run\n"
     assert status == 1 and later[0] == -signal.SIGINT and later[2] == ""
     run_alone("--resume", "--out", tmp_path / "run")
     assert_same_runs(alone, tmp_path / "run")
+
+
+def a_loss_is_no_number():
+    pipeline.train.validate = lambda run: pipeline.torch.tensor([float("nan")])
+
+
+def test_fig8_a_loss_that_is_no_number_ends_the_run_with_one_line(tmp_path):
+    script = pipeline_that(a_loss_is_no_number, tmp_path)
+    (status, out, error), _ = processes(tmp_path, 2, script, *PIPED, *FOUR, "--out", "run")
+    assert status == 1 and "nan" in out.splitlines()[-1]
+    assert error.startswith("train.py: a loss is not a number") and error.count("\n") == 1
+    assert [row["epoch"] for row in read_log(tmp_path / "run")] == ["1"]
 
 
 def test_fig8_pipeline_goes_on_with_a_run_that_train_began(alone, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import cff              # these are found by the path above
 import losses
 import pipeline
+import pooled
 import vit
 
 TEST_FILES = [ROOT / "classroom" / "test_by_hand.py", ROOT / "test_cff.py",
@@ -64,6 +65,11 @@ TASKS = {       # number: (paper, what to write, the tests that grade it, simple
          "test_section_3_4_encoder_layer_is_torchs"]),
     10: ("Figs. 4a and 8", [(losses, "margins"), (pipeline, "longest_chain")],
          ["test_fig4a_margins", "test_fig8_longest_chain_by_hand"]),
+    11: ("Sec. 3.4 and Eq. 13, by less work", [(pooled, "pooled_output")],
+         ["test_pooled_output_is_the_mean_of_the_layers",
+          "test_pooled_output_gives_each_parameter_its_gradient",
+          "test_pooled_output_pools_before_the_last_product",
+          "test_pooled_output_asks_no_gradient_of_its_input"]),
 }
 IMPORTS = """\
 import math
@@ -164,7 +170,7 @@ def grade_all(paths, only, seconds, table=None):
 
 def grade(arguments):
     """The exit status: 0 if all that was asked for is done, 1 if not, 2 if nothing was graded."""
-    parser = argparse.ArgumentParser(prog="grade.py", description="Grade files of the ten tasks.")
+    parser = argparse.ArgumentParser(prog="grade.py", description="Grade files of the tasks.")
     parser.add_argument("files", nargs="*", metavar="mine.py", type=os.path.expanduser)
     parser.add_argument("-k", dest="only", default="", metavar="task04", help="these alone")
     parser.add_argument("--seconds", type=float, default=60, help="limit for a task, default 60")

@@ -1,17 +1,21 @@
 """The four vectors of the README, and what the tasks say by hand: grading begins with these tests.
+At the end those of task11.
 
-    python -m pytest -q -k worked_example
+    python -m pytest -q -k "worked_example or pooled_output"
 """
 import math
 import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import losses
+import pooled
 from test_cff import close, sets, slow_loss
 
 
@@ -94,3 +98,64 @@ def test_worked_example_in_the_readme():
     shown.append(f"({losses.grad_negative(FOUR, TWO, 0, 2, 0.4, 1)[0]:.4f}, 0)")
     for number in shown:
         assert number in page, f"not in the README: {number}"
+
+
+# ------------------------------------------------------------------------------ the pooled output
+
+B, T, E, H = 2, 5, 12, 3
+
+
+def layers():
+    """torch's encoder layer, its parts by our names, which cannot be called, and an input."""
+    torch.manual_seed(0)
+    theirs = nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0, activation="gelu", norm_first=True,
+                                        batch_first=True, dtype=torch.float64)
+    for p in theirs.parameters():
+        nn.init.normal_(p)                          # torch starts with scales of 1, biases of 0
+    parts, parts.attention, qkv = nn.Module(), nn.Module(), nn.Linear(E, 3 * E)
+    parts.norm1, parts.norm2, parts.attention.num_heads = theirs.norm1, theirs.norm2, H
+    qkv.weight, qkv.bias = theirs.self_attn.in_proj_weight, theirs.self_attn.in_proj_bias
+    parts.attention.qkv, parts.attention.out = qkv, theirs.self_attn.out_proj
+    parts.mlp = nn.Sequential(theirs.linear1, nn.GELU(), theirs.linear2)
+    return theirs, parts, torch.randn(B, T, E, dtype=torch.float64)
+
+
+def products(parts, x):
+    """The FLOP of a forward and a backward pass, in a product of all tokens with an E x E matrix,
+    without attention's q k^T and (softmax) v, six passes in all."""
+    with FlopCounterMode(display=False) as counter:
+        pooled.pooled_output(parts, x).sum().backward()
+    attention = 6 * 2 * B * T * T * E
+    return (counter.get_total_flops() - attention) / (2 * B * T * E * E)
+
+
+def test_pooled_output_is_the_mean_of_the_layers():
+    theirs, parts, x = layers()
+    close(pooled.pooled_output(parts, x), theirs(x).mean(dim=1),
+          "Eq. 13 of Sec. 3.4's layer, the mean over tokens of f = MLP(LN(z)) + z")
+
+
+def test_pooled_output_gives_each_parameter_its_gradient():
+    theirs, parts, x = layers()
+    weights = torch.randn(B, E, dtype=torch.float64)
+    (theirs(x).mean(dim=1) * weights).sum().backward()
+    expected = {name: p.grad for name, p in parts.named_parameters()}
+    parts.zero_grad()
+    (pooled.pooled_output(parts, x) * weights).sum().backward()
+    for name, p in parts.named_parameters():
+        assert p.grad is not None, f"Sec. 3.4: {name} has no gradient"
+        close(p.grad, expected[name], f"Sec. 3.4, the gradient of {name}")
+
+
+def test_pooled_output_pools_before_the_last_product():
+    _, parts, x = layers()          # forward 3 + 1 + 2, backward twice that, and W2's rows
+    most, n = 18 + 3 * 2 / T, products(parts, x)
+    assert n < most + 0.01, (f"Sec. 3.4: {n:.1f} products of all tokens with an E x E matrix, "
+                             f"{most:.1f} do: pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)")
+
+
+def test_pooled_output_asks_no_gradient_of_its_input():
+    _, parts, x = layers()          # backward without LN(x)'s gradient, of 3 products
+    most, n = 15 + 3 * 2 / T + 1, products(parts, x)        # 1: what is done with W alone
+    assert n < most + 0.01, (f"Sec. 3.4: {n:.1f} products of all tokens with an E x E matrix, "
+                             f"{most:.1f} do: LN's g and beta need no gradient of LN(x)")

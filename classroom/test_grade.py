@@ -22,6 +22,7 @@ from watch import source
 import cff              # found by the path that grade.py sets
 import losses
 import pipeline
+import pooled
 import test_by_hand
 import test_cff
 import test_pipeline
@@ -196,6 +197,18 @@ MISTAKES = [
      '(row["process"] + 1, row["waited_for"])'),
     (10, pipeline, "longest_chain", "1 + max(", "max("),
     (10, pipeline, "longest_chain", "(step[1], step[0])", "step"),      # by process first
+    # task11
+    (11, pooled, "pooled_output", "second(u.mean(dim=1))", "second(u).mean(dim=1)"),
+    (11, pooled, "pooled_output", "F.linear(x_hat, qkv.weight * norm.weight, "
+     "qkv.bias + qkv.weight @ norm.bias)", "qkv(norm(x))"),
+    (11, pooled, "pooled_output", " + z.mean(dim=1)", ""),
+    (11, pooled, "pooled_output", "z.mean(dim=1)", "z.detach().mean(dim=1)"),
+    (11, pooled, "pooled_output", "u.mean(dim=1)", "u.sum(dim=1)"),
+    (11, pooled, "pooled_output", "qkv.bias + qkv.weight @ norm.bias", "qkv.bias"),     # no beta
+    (11, pooled, "pooled_output", "qkv.weight @ norm.bias", "(qkv.weight @ norm.bias).detach()"),
+    (11, pooled, "pooled_output", "qkv.weight * norm.weight, ", "qkv.weight, "),        # no g
+    (11, pooled, "pooled_output", "layer.norm2(z)", "layer.norm2(x)"),
+    (11, pooled, "pooled_output", "gelu(first", "F.relu(first"),
 ]
 
 
@@ -297,7 +310,7 @@ def test_the_classroom_grades_a_file(tmp_path, graded):
     run = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT)
     lines = run.stdout.splitlines()                                     # from another folder
     assert run.returncode == 0 and lines[1:] == [found["task01"]], lines
-    status, lines, _ = graded("mine.py", "-k", "task11")
+    status, lines, _ = graded("mine.py", "-k", "task12")
     assert status == 2 and lines[-1].startswith("nothing to grade"), lines
 
 

@@ -140,7 +140,7 @@ def source(path):
     if path.suffix == ".ipynb":
         raise ValueError("a notebook: save its code as a file of Python, mine.py, and grade that")
     if len(raw) > 1_000_000:
-        raise ValueError("more than 1 MB: the ten tasks need some 10 KB")
+        raise ValueError("more than 1 MB: the tasks need some 10 KB")
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"                             # as PowerShell's > writes
     else:

@@ -99,12 +99,11 @@ class EncoderLayer(nn.Module):
         less work: W2's backward pass has a row an image, and none goes through W_qkv to LN(x)."""
         qkv, norm, (first, gelu, second) = self.attention.qkv, self.norm1, self.mlp
         if x.requires_grad:                                     # layer 1: the embedding's output
-            projected = qkv(norm(x))
+            z = self.attention(norm(x)) + x
         else:       # LN(x) W^T + b = x_hat (W diag(g))^T + (b + W beta), x_hat = (x - mean) / std
             x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
-            projected = F.linear(x_hat, qkv.weight * norm.weight,
-                                 qkv.bias + qkv.weight @ norm.bias)
-        z = self.attention.attend(projected) + x
+            z = x + self.attention.attend(F.linear(x_hat, qkv.weight * norm.weight,
+                                                   qkv.bias + qkv.weight @ norm.bias))
         u = gelu(first(self.norm2(z)))
         # pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)
         pooled = second(pool(u, self.loss_sees)) + pool(z, self.loss_sees)

@@ -38,11 +38,14 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from cff import encode, predict, update
 from eval import print_table
 from pipeline import connect, gather, leave, take_part
-from train import defaults, make_augment, make_model, make_optimizers, make_step
+from train import defaults, find_device, make_augment, make_model, make_optimizers, make_step
 from vit import plain_name
 
-METHODS = {"BP": ("bp", 1), "CFF+M, 1 view": ("cffm", 1), "CFF+M, 2 views": ("cffm", 2),
-           "FF": ("ff", 1), "SymBa": ("symba", 1), "FF Collab": ("collab", 1)}  # --algo, --views
+TWO, PLAIN, EARLY = "CFF+M, 2 views", "CFF+M, 2 views, --plain", "BP, pooled early"
+METHODS = {"BP": {"algo": "bp"}, "CFF+M, 1 view": {"algo": "cffm", "views": 1},
+           TWO: {"algo": "cffm"}, PLAIN: {"algo": "cffm", "plain": True},
+           EARLY: {"algo": "bp"},       # its last product after the mean over patches, as CFF's
+           "FF": {"algo": "ff"}, "SymBa": {"algo": "symba"}, "FF Collab": {"algo": "collab"}}
 KINDS = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
          "cifar100": ((3, 32, 32), 100), "tinyimagenet": ((3, 64, 64), 200)}     # an image, classes
 
@@ -100,14 +103,16 @@ def random_run(method, name, dataset, batch_size, device, **changes):
     """What it takes to train the model `name` by one of METHODS, with a batch x, y of random pixels
     and labels. changes: settings other than the method's own on this data set."""
     torch.manual_seed(0)
-    algo, views = METHODS[method]
     shape, classes = KINDS[dataset]
-    s = defaults(dataset, algo) | {"model": name, "views": views} | changes
+    s = defaults(dataset, METHODS[method]["algo"]) | METHODS[method] | {"model": name} | changes
     facts, generator = {"image_shape": shape, "num_classes": classes}, torch.Generator()
     augment = make_augment(s["augment"], s["padding"], shape[0] * [0.5], shape[0] * [0.25],
                            generator)
     x = torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device)
-    return SimpleNamespace(settings=s, facts=facts, model=make_model(s, facts).to(device), x=x,
+    model = make_model(s, facts).to(device)
+    if method == EARLY:
+        model.layers[-1].loss_sees = s["pool"]
+    return SimpleNamespace(settings=s, facts=facts, model=model, x=x,
                            y=random_labels(batch_size, classes).to(device), augment=augment,
                            generator=generator)
 
@@ -173,7 +178,7 @@ def repeat(n, step):
 
 def matrix_product(device):
     """A function that multiplies two square matrices, and the operations of that."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 2048 if device.type == "cpu" else 8192
     matrix = torch.randn(size, size, device=device)
     return lambda: matrix @ matrix, 2 * size ** 3
 
@@ -214,7 +219,7 @@ def summary(times, base):
 
 def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=100):
     """Measure training steps, inference of n images and memory; the record `show_speed` prints."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     # first: what memory is held by then is slow to write as long as the loader's processes live
     augment = augment_speed(dataset, batch_size, rounds, device)
     case, flops = (name, dataset, batch_size, device), {}
@@ -234,11 +239,13 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
         **summary(times[method], times["BP"]), "gigaflop": flops[method] / 1e9,
         "share": flops[method] / rate / statistics.median(times[method]),
         "megabytes": memory.get((method, name))} for method in METHODS}
+    short_cut = {"time": summary(times[TWO], times[PLAIN])["ratio"],
+                 "rate": flops[PLAIN] / rate / statistics.median(times[TWO])}
     base = inference["CFF+M, one pass"]
     return {"command": shlex.join(["python", *sys.argv]), "device": describe_device(device),
             "torch": torch.__version__, "model": name, "dataset": dataset,
             "batch_size": batch_size, "rounds": rounds, "gigaflops": rate / 1e9,
-            "methods": methods, "augment": augment, "images": n,
+            "methods": methods, "short_cut": short_cut, "augment": augment, "images": n,
             "inference": {way: summary(t, base) for way, t in inference.items()},
             "megabytes_by_depth": {method: {L: memory.get((method, model))
                                             for L, model in deep.items()} for method in compared}}
@@ -258,11 +265,13 @@ def show_speed(record):
                      f"{row['ratio']:.2f}", f"{row['gigaflop']:.0f}", f"{row['share']:.0%}",
                      *memory])
     print_table(rows, markdown=True)
+    print("\nTwo views take {time:.2f} of the plain step's time; counting its operations they reach "
+          "{rate:.0%} of that rate.".format(**record["short_cut"]))
     print("\nAugmenting a batch, and the same image by image in a DataLoader with two processes:\n")
     rows = [["Augmentation", "ms a batch", "Share of a step of 2 views", "Images/s",
              "Image by image, images/s", "Ratio"]]
     for kind, row in record["augment"].items():
-        share = 2 * row["seconds"] / record["methods"]["CFF+M, 2 views"]["seconds"]
+        share = 2 * row["seconds"] / record["methods"][TWO]["seconds"]
         rows.append([kind, f"{1000 * row['seconds']:.1f}", f"{share:.1%}", f"{row['images']:.0f}",
                      f"{row['loader']:.0f}", f"{row['ratio']:.0f}"])
     print_table(rows, markdown=True)
@@ -317,7 +326,7 @@ def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
 
     Matrix products, as many in each process, tell what more processes can gain on this machine.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     n, case = dist.get_world_size(), (name, dataset, batch_size, device)
     # a small step first, as in step_memory
     piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", dataset, 8, device)()

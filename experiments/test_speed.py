@@ -96,14 +96,20 @@ def test_only_a_local_loss_takes_the_short_cut():
 # ------------------------------------------------------------------------- one process alone
 
 def test_table2_and_table6_speed_of_steps_and_inference(capsys, monkeypatch):
-    few = {method: speed.METHODS[method] for method in list(speed.METHODS)[:4]}
+    few = {method: speed.METHODS[method] for method in list(speed.METHODS)[:6]}
     monkeypatch.setattr(speed, "METHODS", few)
     monkeypatch.setattr(speed, "matrix_product", small_product)
     monkeypatch.setattr(speed, "measure_memory",                # new processes take seconds each
                         lambda cases: {case[:2]: 100.0 * len(case[1]) for case in cases})
     record = speed.speed("vit-8-2-2", 8, 2, depths=(1, 10), n=4)
     table = record["methods"]
-    assert list(table) == ["BP", "CFF+M, 1 view", "CFF+M, 2 views", "FF"]
+    assert list(table) == ["BP", "CFF+M, 1 view", "CFF+M, 2 views", "CFF+M, 2 views, --plain",
+                           "BP, pooled early", "FF"]
+    for short, plain in ((speed.TWO, speed.PLAIN), (speed.EARLY, "BP")):
+        assert table[short]["gigaflop"] < table[plain]["gigaflop"]
+    rates = [record["short_cut"]["rate"] / table[speed.TWO]["share"],
+             table[speed.PLAIN]["gigaflop"] / table[speed.TWO]["gigaflop"]]
+    assert rates[0] == pytest.approx(rates[1])
     assert table["BP"]["ratio"] == 1
     for row in table.values():
         assert row["min"] <= row["seconds"] <= row["max"] and row["share"] > 0
@@ -118,7 +124,7 @@ def test_table2_and_table6_speed_of_steps_and_inference(capsys, monkeypatch):
         assert row["images"] * row["seconds"] == pytest.approx(8)
     speed.show_speed(json.loads(json.dumps(record)))
     out = capsys.readouterr().out
-    assert "| CFF+M, 2 views | " in out and "| crop+randaug | " in out
+    assert "| CFF+M, 2 views, --plain | " in out and "| crop+randaug | " in out
     assert re.search(r"\| Method +\| 1 +\| 10 +\|", out)
 
 

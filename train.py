@@ -20,6 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 from shlex import quote
+from timeit import timeit
 from types import SimpleNamespace
 
 import torch
@@ -71,7 +72,8 @@ SETTINGS = {
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
     "plain": (False, None, "no short cut through a layer's work (vit.forward_for_local_loss)"),
     "seed": (0, None, "of the validation split, the weights and every draw"),
-    "device": ("auto", ["auto", "cpu", "cuda"], "auto: cuda if there is one"),
+    "precision": ("tf32", ["fp32", "tf32", "bf16"], "of a layer's products; tf32: on GPUs alone"),
+    "device": ("auto", ["auto", "cpu", "cuda", "mps"], "auto: a GPU if there is one; mps: untried"),
     "out": ("", None, "folder of the run; if not given, runs/ and a name made of the settings"),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
@@ -226,8 +228,24 @@ def end_epoch(run, train_loss, val_loss, start):
     if best:
         state["best"] = chosen_by
         state["best_epoch"] = state["epoch"] if state["stage"] == 1 else state["best_epoch"]
+    earlier = [old["seconds"] for old in state["log"] if old["stage"] == state["stage"]]
+    if row["seconds"] > 3 * min(earlier, default=math.inf):
+        warn_if_crowded(run)
     state["log"].append(row)
     run.save(best)
+
+
+def warn_if_crowded(run):
+    """Say what to type where all threads together are slower than one: other work has some of
+    their cores, and at the end of every operation they wait for each other."""
+    def seconds(n):
+        torch.set_num_threads(n)
+        return timeit(lambda: matrix @ matrix, number=50)
+    threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
+    if run.device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
+        print("other work shares the cores, so one thread is faster: stop, and type "
+              f"OMP_NUM_THREADS=1 {run.go_on}")
+    torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -254,8 +272,9 @@ def layer_features(run, images):
 
 def probe(f, y, test_f, test_y, num_classes):
     """Accuracy in % on test_f of a linear classifier fitted to f (n, E), y (n,), least squares."""
+    f, y, test_f, test_y = (t.cpu() for t in (f, y, test_f, test_y))    # not all have float64
     X, test_X = (pad(f, (0, 1), value=1).double() for f in (f, test_f))         # (n, E + 1)
-    ridge = 1e-6 * X.square().sum() * torch.eye(X.shape[1], dtype=X.dtype, device=X.device)
+    ridge = 1e-6 * X.square().sum() * torch.eye(X.shape[1], dtype=X.dtype)
     W = torch.linalg.solve(X.T @ X + ridge, X.T @ one_hot(y, num_classes).double())
     return 100 * ((test_X @ W).argmax(dim=1) == test_y).double().mean().item()
 
@@ -264,7 +283,7 @@ def accuracy(model, images, y, normalise, s):
     """Top-1, top-5 and top-10 accuracy in % on uint8 images: {1: ..., 5: ..., 10: ...}."""
     scores = [predict(model, normalise(x), s["algo"], s["head"]) for x in images.split(500)]
     right = torch.cat(scores).topk(10).indices == y[:, None]                # (n, 10), best first
-    return {k: round(100 * right[:, :k].any(dim=1).double().mean().item(), 2) for k in (1, 5, 10)}
+    return {k: round(100 * right[:, :k].any(dim=1).float().mean().item(), 2) for k in (1, 5, 10)}
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -296,18 +315,20 @@ def load_tiny_imagenet(folder):
         url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
         torchvision.datasets.utils.download_and_extract_archive(
             url, folder, md5="90528d7ca1a48142e341f4ef8d21d0de")
+
+    def pixels(path):
+        try:
+            return ops.pil_to_tensor(training.loader(path))                             # RGB
+        except OSError as reason:
+            raise OSError(f"{path}: {reason}")
+
     training = torchvision.datasets.ImageFolder(root / "train")
     lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
     test = [(root / "val" / "images" / file, training.class_to_idx[name])
             for file, name in (line.split("\t")[:2] for line in lines)]
     for files in (training.samples, test):
-        images = []
-        for path, _ in files:
-            try:
-                images.append(ops.pil_to_tensor(training.loader(path)))                 # RGB
-            except OSError as reason:
-                raise OSError(f"{path}: {reason}")
-        data += [torch.stack(images), torch.tensor([label for _, label in files])]
+        data += [torch.stack([pixels(path) for path, _ in files]),
+                 torch.tensor([label for _, label in files])]
     return data
 
 
@@ -340,35 +361,27 @@ def draw_some(n, generator):
     """n images of `draw_shapes`, the classes in turn; all but the outline is random."""
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
 
-    def rand(low, high, *channels):         # a number for each image, or for each of its channels
-        return low + (high - low) * torch.rand(n, *channels, 1, 1, generator=generator)
+    def rand(low, high, channels=1):        # a number for each image, or for each of its channels
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=generator)
 
-    def place(low, high, reach=1):          # pixels in coordinates of an object of random place
+    def place(low, high, room):             # pixels in coordinates of an object of random place
         radius, turn = rand(low, high), rand(0, 2 * math.pi)
-        room = reach * (15.5 - 0.8 * radius)
-        x = (columns - 15.5 - room * rand(-1, 1)) / radius
-        y = (rows - 15.5 - room * rand(-1, 1)) / radius
+        x, y = ((axis - 15.5 - room * rand(-1, 1)) / radius for axis in (columns, rows))
         return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
 
-    def cover(distance, radius):            # signed distance to an outline -> share of a pixel
-        return (0.5 - distance * radius).clamp(0, 1)[:, None]
-
-    def paint(colour):                      # a colour with stripes
-        x, _, _ = place(1, 1)
-        return colour + (x * rand(0.2, 1.2)).sin()[:, None] * rand(-0.12, 0.12, 3)
+    def paint(image, colour, distance, radius):         # signed distance -> share of a pixel
+        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))
 
     back = rand(0, 0.5, 3)
-    image = paint(back)
+    image = back.expand(n, 3, 32, 32)
     for _ in range(2):                      # clutter under the shape
-        x, y, radius = place(1.5, 4)
-        clutter = rand(0, 1, 3).expand_as(image)
-        image = image.lerp(clutter, cover(bar(x, y, 1, rand(0.2, 1)), radius))
-    x, y, radius = place(8, 13, reach=0.5)
+        x, y, radius = place(1.5, 4, room=13)
+        image = paint(image, rand(0, 1, 3), bar(x, y, 1, rand(0.2, 1)), radius)
+    x, y, radius = place(8, 13, room=3.5)
     distance = torch.empty_like(x)
     for label, outline in enumerate(SHAPES.values()):
         distance[label::10] = outline(x[label::10], y[label::10])
-    colour = back + rand(0.3, 0.7, 3)       # brighter than the background in every channel
-    image = image.lerp(paint(colour), cover(distance, radius))
+    image = paint(image, back + rand(0.3, 0.7, 3), distance, radius)    # brighter than behind it
     image = image + 0.03 * torch.randn(n, 3, 32, 32, generator=generator)
     return (image.clamp(0, 1) * 255).to(torch.uint8)
 
@@ -393,11 +406,9 @@ def split(images, labels, s, num_classes):
 
 def mean_and_std(images):
     """Mean and standard deviation of each channel of uint8 images, as lists of floats in 0..1."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
-    share = torch.stack(counts).double() / counts[0].sum()                              # (C, 256)
-    mean = share @ values
-    return mean.tolist(), (share @ values ** 2 - mean ** 2).sqrt().tolist()
+    found = [torch.std_mean(channel / 255, correction=0) for channel in images.unbind(1)]
+    std, mean = torch.tensor(found).T.tolist()
+    return mean, std
 
 
 # ------------------------------------------------------------------------------------ augmentation
@@ -463,10 +474,10 @@ class Run:
 
     def __init__(self, s):
         self.settings, self.folder = s, Path(s["out"])
-        cuda = torch.cuda.is_available()
-        if s["device"] == "cuda" and not cuda:
-            raise ValueError("--device cuda: torch finds no CUDA device here")
-        self.device = torch.device("cuda" if cuda and s["device"] != "cpu" else "cpu")
+        self.go_on = "python train.py --resume --out " + quote(s["out"])
+        self.device = find_device(s["device"])
+        if self.device.type != "cpu":
+            torch.set_float32_matmul_precision("highest" if s["precision"] == "fp32" else "high")
         images, y, *test = load_data(s["dataset"], s["data_dir"])
         classes = int(y.max()) + 1
         parts = [*split(images, y, s, classes), test]
@@ -527,6 +538,8 @@ class Run:
         if not any((self.folder / name).exists() for name in ("last.pt", "result.json")):
             return                                          # stopped before its first epoch
         read(self.folder / "best.pt", "model")              # will be needed later
+        if "OMP_NUM_THREADS" not in os.environ:             # as before, for the same rounding
+            torch.set_num_threads(json.loads((self.folder / "config.json").read_text())["threads"])
         weights, generator, optimizers, *progress = read(
             self.folder / "last.pt", "model", "generator", "optimizers", *self.state)
         self.model.load_state_dict(weights)
@@ -556,6 +569,15 @@ class Run:
         return result
 
 
+def find_device(name="auto"):
+    """The device of --device; ValueError if it is not there."""
+    there = torch.accelerator.is_available()
+    found = torch.accelerator.current_accelerator().type if there else "cpu"
+    if name not in ("auto", "cpu", found):
+        raise ValueError(f"--device {name}: torch finds no such device here")
+    return torch.device(name if name != "auto" else "cpu" if found == "mps" else found)
+
+
 def make_model(s, facts):
     """The untrained model of a run's settings and the facts of its data."""
     vit, labels, options = s["model"].startswith("vit"), None, {}
@@ -564,7 +586,16 @@ def make_model(s, facts):
     if vit:
         options = {name: s[name] for name in ("patch_size", "pool", "position_std")}
         options["local_loss"] = not s["plain"] and s["algo"] not in ("scl", "bp")
-    return build_model(s["model"], facts["image_shape"], facts["num_classes"], labels, **options)
+    model = build_model(s["model"], facts["image_shape"], facts["num_classes"], labels, **options)
+    for layer in model.layers if s["precision"] == "bf16" else ():
+        layer.forward = partial(in_bf16, layer.forward)
+    return model
+
+
+def in_bf16(forward, x):
+    """A layer's forward with products in bfloat16; weights, its output and losses are float32."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return forward(x).float()
 
 
 def read(path, *names):
@@ -584,12 +615,11 @@ def write(path, content):
             temporary.write_text(content)
         else:
             torch.save(content, temporary)
-        for seconds in (0.1, 1, 10):
-            try:
-                return temporary.replace(path)
-            except PermissionError:                     # Windows, while another program reads it
-                time.sleep(seconds)
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except PermissionError:                         # Windows, while another program reads it
+            time.sleep(1)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)               # what a full disk has cut off
 
@@ -656,6 +686,7 @@ def main(argv=None):
             run.load() if resume else run.start()
             begun = True
             print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings))
+            warn_if_crowded(run)
             result = train(run)
         print("test accuracy {test_top1} % (top-5 {test_top5} %, top-10 {test_top10} %); test it "
               "again: python eval.py".format(**result), quote(settings["out"]))
@@ -664,8 +695,7 @@ def main(argv=None):
         if isinstance(reason, BrokenPipeError):                     # nobody reads any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if begun:
-            raise SystemExit(f"{said}; go on with: python train.py --resume --out "
-                             + quote(settings["out"]))
+            raise SystemExit(f"{said}; go on with: {run.go_on}")
         print(f"train.py: error: {said}", file=sys.stderr)
         raise SystemExit(2)
 

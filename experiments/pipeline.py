@@ -382,7 +382,7 @@ def main():
     except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as reason:
         said = (str(reason) or "stopped").splitlines()[0]
         if run:
-            said += f"; go on with: python train.py --resume --out {quote(str(run.folder))}"
+            said += f"; go on with: {run.go_on}"
         elif not later:                                         # data, model or device at fault
             said = f"pipeline.py: error: {said}"
         print(said, file=sys.stderr)

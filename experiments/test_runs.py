@@ -238,6 +238,64 @@ def test_the_probe_is_least_squares_on_images_without_augmentation():
     assert train.measure(run)["probe"] == pytest.approx(value, abs=0.01)
 
 
+# ------------------------------------------------------------------------- the machine
+
+@pytest.mark.parametrize("flags", [["--algo", "cffm"], ["--algo", "ff", "--model", "mlp-16-2"],
+                                   ["--algo", "bp"]], ids=" ".join)
+def test_bf16_is_for_the_products_of_a_layer_alone(tmp_path, flags):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        run_main(*TINY, *flags, "--precision", precision, "--out", tmp_path / precision)
+        losses.append(float(read_log(tmp_path / precision)[0]["train_loss_2"]))
+        run = train.Run(settings_of(*TINY, *flags, "--precision", precision))
+        y = torch.zeros(2, dtype=torch.long) if "ff" in flags else None
+        h = run.model.layers[0](run.model.patches(run.normalise(run.val[0][:2]), y))
+        assert h.dtype == torch.float32 and (h == h.bfloat16()).all() == (
+            precision == "bf16" and "mlp-16-2" in flags)            # a ViT's has float32 added
+    weights_of = torch.load(tmp_path / "bf16" / "best.pt", weights_only=True)["model"].values()
+    assert all(weight.dtype == torch.float32 for weight in weights_of)
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("all_threads, said", [(1.1, False), (1.3, True)])
+def test_beside_other_work_a_run_says_what_to_type(monkeypatch, capsys, all_threads, said):
+    seconds, asked = {1: 1.0, 2: all_threads}, [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1])
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(train, "timeit", lambda work, number: seconds[asked[-1]])
+    run = train.Run(settings_of(*TINY, out="a b"))
+    train.warn_if_crowded(run)
+    line = "OMP_NUM_THREADS=1 python train.py --resume --out 'a b'\n"
+    assert capsys.readouterr().out.endswith(line) == said and asked[-1] == 2
+
+
+def test_an_epoch_of_three_times_the_time_asks_why(monkeypatch):
+    run, asked = train.Run(settings_of(*TINY)), []
+    monkeypatch.setattr(run, "save", lambda best: None)
+    monkeypatch.setattr(train, "warn_if_crowded", asked.append)
+    loss = torch.tensor([1.0, 1.0])
+    for epoch, seconds in enumerate((100, 200, 50, 200, 140), start=1):
+        train.end_epoch(run, loss, loss, train.time.time() - seconds)
+        assert len(asked) == (epoch >= 4), epoch
+    run.state["stage"] = 2                                          # the head's epochs are others
+    train.end_epoch(run, loss[0], loss[0], train.time.time() - 1000)
+    assert len(asked) == 1
+
+
+def test_resume_takes_as_many_threads_unless_others_are_asked_for(tmp_path, monkeypatch):
+    run_main(*TINY, "--out", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["threads"] == torch.get_num_threads()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"threads": 7}))
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for typed, expected in (("1", False), (None, True)):
+        monkeypatch.setenv("OMP_NUM_THREADS", typed) if typed else monkeypatch.delenv(
+            "OMP_NUM_THREADS", raising=False)
+        run_main("--resume", "--out", tmp_path)
+        assert (7 in asked) == expected
+
+
 # ---------------------------------------------------------------------------- stop and resume
 
 def assert_same_runs(one, other):
@@ -388,9 +446,9 @@ def test_a_file_that_another_program_reads_is_replaced_when_it_is_free(tmp_path,
         replace(path, target)
     monkeypatch.setattr(Path, "replace", busy)
     monkeypatch.setattr(train.time, "sleep", waits.append)
-    tries = 2
+    tries = 1
     train.write(tmp_path / "log.csv", "new")
-    assert (tmp_path / "log.csv").read_text() == "new" and waits == [0.1, 1]
+    assert (tmp_path / "log.csv").read_text() == "new" and waits == [1]
     tries = 9
     with pytest.raises(PermissionError, match="log.csv"):
         train.write(tmp_path / "log.csv", "newer")

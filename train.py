@@ -72,7 +72,7 @@ SETTINGS = {
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
     "plain": (False, None, "no short cut through a layer's work (vit.forward_for_local_loss)"),
     "seed": (0, None, "of the validation split, the weights and every draw"),
-    "precision": ("tf32", ["fp32", "tf32", "bf16"], "of a layer's products; tf32: on GPUs alone"),
+    "precision": ("tf32", ["fp32", "tf32", "bf16"], "tf32: all products on a GPU; bf16: layers'"),
     "device": ("auto", ["auto", "cpu", "cuda", "mps"], "auto: a GPU if there is one; mps: untried"),
     "out": ("", None, "folder of the run; if not given, runs/ and a name made of the settings"),
 }
@@ -243,8 +243,8 @@ def warn_if_crowded(run):
         return timeit(lambda: matrix @ matrix, number=50)
     threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
     if run.device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
-        print("other work shares the cores, so one thread is faster: stop, and type "
-              f"OMP_NUM_THREADS=1 {run.go_on}")
+        print(f"one thread is faster than {threads} here, as beside other work on the same cores: "
+              f"stop, and type OMP_NUM_THREADS=1 {run.go_on}")
     torch.set_num_threads(threads)
 
 
@@ -315,6 +315,7 @@ def load_tiny_imagenet(folder):
         url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
         torchvision.datasets.utils.download_and_extract_archive(
             url, folder, md5="90528d7ca1a48142e341f4ef8d21d0de")
+    training = torchvision.datasets.ImageFolder(root / "train")
 
     def pixels(path):
         try:
@@ -322,7 +323,6 @@ def load_tiny_imagenet(folder):
         except OSError as reason:
             raise OSError(f"{path}: {reason}")
 
-    training = torchvision.datasets.ImageFolder(root / "train")
     lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
     test = [(root / "val" / "images" / file, training.class_to_idx[name])
             for file, name in (line.split("\t")[:2] for line in lines)]
@@ -477,7 +477,7 @@ class Run:
         self.go_on = "python train.py --resume --out " + quote(s["out"])
         self.device = find_device(s["device"])
         if self.device.type != "cpu":
-            torch.set_float32_matmul_precision("highest" if s["precision"] == "fp32" else "high")
+            torch.set_float32_matmul_precision("high" if s["precision"] == "tf32" else "highest")
         images, y, *test = load_data(s["dataset"], s["data_dir"])
         classes = int(y.max()) + 1
         parts = [*split(images, y, s, classes), test]
@@ -539,7 +539,8 @@ class Run:
             return                                          # stopped before its first epoch
         read(self.folder / "best.pt", "model")              # will be needed later
         if "OMP_NUM_THREADS" not in os.environ:             # as before, for the same rounding
-            torch.set_num_threads(json.loads((self.folder / "config.json").read_text())["threads"])
+            config = json.loads((self.folder / "config.json").read_text())
+            torch.set_num_threads(min(config.get("threads", 1), os.cpu_count()))
         weights, generator, optimizers, *progress = read(
             self.folder / "last.pt", "model", "generator", "optimizers", *self.state)
         self.model.load_state_dict(weights)
@@ -595,7 +596,7 @@ def make_model(s, facts):
 def in_bf16(forward, x):
     """A layer's forward with products in bfloat16; weights, its output and losses are float32."""
     with torch.autocast(x.device.type, torch.bfloat16):
-        return forward(x).float()
+        return forward(x).float()           # of an MLP; a ViT's is float32, so .pooled stays
 
 
 def read(path, *names):
@@ -685,7 +686,8 @@ def main(argv=None):
         with run.held():
             run.load() if resume else run.start()
             begun = True
-            print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings))
+            print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings)
+                  + f"; threads: {torch.get_num_threads()}")
             warn_if_crowded(run)
             result = train(run)
         print("test accuracy {test_top1} % (top-5 {test_top5} %, top-10 {test_top10} %); test it "

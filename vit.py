@@ -102,8 +102,8 @@ class EncoderLayer(nn.Module):
             z = self.attention(norm(x)) + x
         else:       # LN(x) W^T + b = x_hat (W diag(g))^T + (b + W beta), x_hat = (x - mean) / std
             x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
-            z = x + self.attention.attend(F.linear(x_hat, qkv.weight * norm.weight,
-                                                   qkv.bias + qkv.weight @ norm.bias))
+            z = self.attention.attend(F.linear(x_hat, qkv.weight * norm.weight,
+                                               qkv.bias + qkv.weight @ norm.bias)) + x
         u = gelu(first(self.norm2(z)))
         # pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)
         pooled = second(pool(u, self.loss_sees)) + pool(z, self.loss_sees)

@@ -65,7 +65,7 @@ TASKS = {       # number: (paper, what to write, the tests that grade it, simple
          "test_section_3_4_encoder_layer_is_torchs"]),
     10: ("Figs. 4a and 8", [(losses, "margins"), (pipeline, "longest_chain")],
          ["test_fig4a_margins", "test_fig8_longest_chain_by_hand"]),
-    11: ("Sec. 3.4 and Eq. 13, by less work", [(pooled, "pooled_output")],
+    11: ("the mean of Eq. 13, by less work", [(pooled, "pooled_output")],
          ["test_pooled_output_is_the_mean_of_the_layers",
           "test_pooled_output_gives_each_parameter_its_gradient",
           "test_pooled_output_pools_before_the_last_product",

@@ -103,7 +103,7 @@ def test_worked_example_in_the_readme():
 
 # ------------------------------------------------------------------------------ the pooled output
 
-B, T, E, H = 2, 5, 12, 3
+B, T, E, H = 25, 5, 12, 3       # many tokens: what is done with W alone is small beside them
 
 
 def layers():
@@ -160,3 +160,4 @@ def test_pooled_output_asks_no_gradient_of_its_input():
     most, n = 15 + 3 * 2 / T + 1, products(parts, x)        # 1: what is done with W alone
     assert n < most + 0.01, (f"Sec. 3.4: {n:.1f} products of all tokens with an E x E matrix, "
                              f"{most:.1f} do: LN's g and beta need no gradient of LN(x)")
+    assert n > 15, f"Sec. 3.4: {n:.1f} products of matrices, 15 are needed: write them with @"

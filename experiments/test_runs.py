@@ -289,6 +289,7 @@ def test_resume_takes_as_many_threads_unless_others_are_asked_for(tmp_path, monk
     (tmp_path / "config.json").write_text(json.dumps(config | {"threads": 7}))
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)                 # never more than there are
     for typed, expected in (("1", False), (None, True)):
         monkeypatch.setenv("OMP_NUM_THREADS", typed) if typed else monkeypatch.delenv(
             "OMP_NUM_THREADS", raising=False)

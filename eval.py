@@ -27,7 +27,7 @@ from torchvision.utils import save_image
 
 from losses import margins
 from train import (DEFAULTS, METRIC, SETTINGS, SHAPES, WITH_LABELS, Run, accuracy, defaults,
-                   layer_features, load_data, make_augment, mean_and_std, probe, read, stages)
+                   layer_features, load_data, make_augment, probe, read, stages)
 
 NAMES = {"cff": "CFF", "cffm": "CFF+M", "ff": "FF", "symba": "SymBa", "collab": "FF Collab",
          "scl": "SCL", "bp": "BP+CE"}
@@ -390,17 +390,14 @@ def draw_margins(m0, mL, L, path):
 def draw_views(s, path, n=10):
     """n training images, and two views of each under every --augment, in the data's own colours."""
     images, y, _, _ = load_data(s["dataset"], s["data_dir"])
-    mean, std = mean_and_std(images)
     images = images[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:n]]
     views, names = [images / 255], ["as shipped"]
     for kind in SETTINGS["augment"][1][1:]:
-        augment = make_augment(kind, s["padding"], mean, std, torch.Generator().manual_seed(0),
+        augment = make_augment(kind, s["padding"], [0.0], [1.0], torch.Generator().manual_seed(0),
                                s["dataset"] != "mnist", s["fill"])
         names.append(f"two of {kind}")
-        for _ in range(2):
-            x = augment(images) * torch.tensor(std)[:, None, None]
-            views.append(x + torch.tensor(mean)[:, None, None])
-    save_image(torch.cat(views).clamp(0, 1), path, nrow=n)
+        views += [augment(images), augment(images)]
+    save_image(torch.cat(views), path, nrow=n)
     print(f"picture: {path}; its rows: {', '.join(names)}")
 
 

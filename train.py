@@ -27,7 +27,7 @@ import torch
 import torchvision
 from filelock import FileLock, Timeout          # torch itself needs it
 from torch.nn.functional import normalize, one_hot, pad
-from torchvision.transforms.v2 import functional as ops
+from torchvision.transforms import v2
 
 from cff import (bp_step, cff_step, collab_step, encode, ff_step, head_step, predict, scl_step,
                  wrong_labels)
@@ -43,7 +43,7 @@ SETTINGS = {
     "dataset": ("shapes", ["shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"], "the data"),
     "algo": ("cffm", ["cff", "cffm", "ff", "symba", "collab", "scl", "bp"], "the method"),
     "model": ("vit-128-4-5", None, '"ViT[E H L]" or "MLP[E L]", also written vit-E-H-L, mlp-E-L'),
-    "recipe": ("none", ["none", "short", "mlp"], "settings for short runs, or for MLPs"),
+    "recipe": ("none", ["none", "short", "tenth", "mlp"], "settings for less data, or for MLPs"),
     "data_dir": ("data", None, "folder of the data sets; what is missing there is downloaded"),
     "limit": (0, FROM_0, "training images to use, and a ninth of it for validation; 0 is all"),
     "missing": (0.0, (0, 0.999), "fraction of training and validation images left out (Table 4)"),
@@ -90,6 +90,7 @@ RECIPES = {         # found here (experiments/README.md); with a method's name w
     "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, warmup=80,
                   position_std=0.02, schedule="cosine", head_lr=0.005),
     "short bp": dict(lr=0.002),
+    "tenth": dict(model="vit-64-4-4", limit=5000, epochs=200, batch_size=128),
     "mlp": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.07, lr=0.002,
                 warmup=100, schedule="cosine", head_lr=0.005),
     "mlp ff": FF_ON_MLP, "mlp collab": FF_ON_MLP, "mlp symba": dict(FF_ON_MLP, lr=0.1, alpha=4.0),
@@ -319,7 +320,7 @@ def load_tiny_imagenet(folder):
 
     def pixels(path):
         try:
-            return ops.pil_to_tensor(training.loader(path))                             # RGB
+            return v2.functional.pil_to_tensor(training.loader(path))           # RGB
         except OSError as reason:
             raise OSError(f"{path}: {reason}")
 
@@ -404,41 +405,17 @@ def split(images, labels, s, num_classes):
     return parts
 
 
-def mean_and_std(images):
-    """Mean and standard deviation of each channel of uint8 images, as lists of floats in 0..1."""
-    found = [torch.std_mean(channel / 255, correction=0) for channel in images.unbind(1)]
-    std, mean = torch.tensor(found).T.tolist()
-    return mean, std
-
-
 # ------------------------------------------------------------------------------------ augmentation
 
-def rand_augment(images, generator, num_ops=3, magnitude=14):
-    """RandAugment [45]: num_ops of torchvision's 14 operations on each image, uint8 (B, C, H, W)"""
-    t, (H, W) = magnitude / 30, images.shape[-2:]
-    shear, dx, dy = math.degrees(math.atan(0.3 * t)), int(150 / 331 * W * t), int(150 / 331 * H * t)
-    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-    signed = [                                              # the magnitude's sign is drawn as well
-        lambda x, sign: ops.affine(x, **still | {"shear": [sign * shear, 0.0], "center": [0, 0]}),
-        lambda x, sign: ops.affine(x, **still | {"shear": [0.0, sign * shear], "center": [0, 0]}),
-        lambda x, sign: ops.affine(x, **still | {"translate": [sign * dx, 0]}),
-        lambda x, sign: ops.affine(x, **still | {"translate": [0, sign * dy]}),
-        lambda x, sign: ops.rotate(x, sign * 30 * t),
-        lambda x, sign: ops.adjust_brightness(x, 1 + sign * 0.9 * t),
-        lambda x, sign: ops.adjust_saturation(x, 1 + sign * 0.9 * t),
-        lambda x, sign: ops.adjust_contrast(x, 1 + sign * 0.9 * t),
-        lambda x, sign: ops.adjust_sharpness(x, 1 + sign * 0.9 * t),
-    ]
-    unsigned = [torch.clone, lambda x: ops.posterize(x, 8 - round(4 * t)),
-                lambda x: ops.solarize(x, 255 * (1 - t)), ops.autocontrast, ops.equalize]
-    table = [partial(op, sign=sign) for op in signed for sign in (-1, 1)] + 2 * unsigned
-    images = images.clone()                                 # each of the 14 twice among the 28
-    for _ in range(num_ops):
-        drawn = torch.randint(28, (len(images),), generator=generator)
-        for number, operation in enumerate(table):
-            rows = (drawn == number).nonzero()[:, 0].to(images.device, non_blocking=True)
-            if len(rows):
-                images[rows] = operation(images[rows])
+def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
+    """RandAugment [45] of uint8 images (B, C, H, W): torchvision draws each of the num_ops
+    operations for a group of images at once, and who is in which group is drawn anew for each."""
+    draw, images = v2.RandAugment(1, magnitude), images.clone()
+    with torch.random.fork_rng(devices=[]):             # torchvision has no generator of its own
+        torch.manual_seed(torch.randint(2 ** 31, (), generator=generator).item())
+        for _ in range(num_ops):
+            order = torch.randperm(len(images)).to(images.device, non_blocking=True)
+            images[order] = torch.cat([draw(images[rows]) for rows in order.chunk(groups)])
     return images
 
 
@@ -487,7 +464,8 @@ class Run:
                                  "with --views 1 two images of a class in a batch")
         self.train, self.val, self.test = (
             tuple(t.to(self.device) for t in part) for part in parts)
-        mean, std = mean_and_std(parts[0][0])
+        channels = (channel / 255 for channel in parts[0][0].unbind(1))
+        std, mean = torch.tensor([torch.std_mean(c, correction=0) for c in channels]).T.tolist()
         self.facts = {"image_shape": list(images.shape[1:]), "num_classes": classes, "mean": mean,
                       "std": std, "images": [len(labels) for _, labels in parts]}
         torch.manual_seed(s["seed"])
@@ -643,15 +621,13 @@ def parse(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, epilog="\n".join(
             f"instead of [default], {name}: {own}" for name, own in (BY_DATASET | RECIPES).items()))
+    of = {"model": plain_name, "out": os.path.expanduser, "data_dir": os.path.expanduser}
     for name, (default, allowed, meaning) in SETTINGS.items():
         kind = dict(action="store_true") if default is False else dict(
-            type=plain_name if name == "model" else type(default), metavar=name.upper(),
-            choices=allowed if isinstance(allowed, list) else None)
+            type=of.get(name, type(default)), choices=allowed if type(allowed) is list else None)
         parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **kind)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     typed = vars(parser.parse_args(argv))
-    for name in {"out", "data_dir"} & set(typed):
-        typed[name] = os.path.expanduser(typed[name])
     resume = typed.pop("resume", False)
     s = DEFAULTS | typed
     s = defaults(s["dataset"], s["algo"], s["recipe"]) | typed

@@ -724,11 +724,11 @@ def test_an_mlps_layers_start_at_one_scale_for_inputs_of_length_1_as_of_variance
     close(torch.stack(spread[2:]), torch.stack(spread[:2]), "deviation before the ReLU", 0.06)
 
 
-def test_section_4_mean_and_deviation_are_those_of_the_pixels():
-    images = torch.randint(256, (20, 3, 5, 5), dtype=torch.uint8)
-    pixels, (mean, std) = images.double() / 255, train.mean_and_std(images)
-    assert mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist())
-    assert std == pytest.approx(pixels.std(dim=(0, 2, 3), correction=0).tolist())
+def test_section_4_mean_and_deviation_are_those_of_the_training_pixels():
+    run = train.Run(settings_of("--limit", 20, "--device", "cpu"))
+    pixels = run.train[0].double() / 255
+    assert run.facts["mean"] == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist())
+    assert run.facts["std"] == pytest.approx(pixels.std(dim=(0, 2, 3), correction=0).tolist())
 
 
 def test_section_4_views_are_normalised_last_and_drawn_anew():

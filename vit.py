@@ -100,7 +100,7 @@ class EncoderLayer(nn.Module):
         qkv, norm, (first, gelu, second) = self.attention.qkv, self.norm1, self.mlp
         if x.requires_grad:                                     # layer 1: the embedding's output
             z = self.attention(norm(x)) + x
-        else:       # LN(x) W^T + b = x_hat (W diag(g))^T + (b + W beta), x_hat = (x - mean) / std
+        else:       # LN(x) W^T + b = x_hat (W diag(g))^T + (b + W beta)
             x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
             z = self.attention.attend(F.linear(x_hat, qkv.weight * norm.weight,
                                                qkv.bias + qkv.weight @ norm.bias)) + x
@@ -110,14 +110,14 @@ class EncoderLayer(nn.Module):
         if self.is_last:                                        # no layer reads its whole f
             return pooled[:, None]
         with torch.no_grad():
-            f = second(u) + z
+            f = second(u).add_(z)
         f.pooled = pooled
         return f
 
 
 def pool(h, kind):
-    """(B, T, E) -> (B, E) by "mean" or "token"; a sum, as a mean's backward pass writes T rows."""
-    return h.sum(dim=1) / h.shape[1] if kind == "mean" else h[:, 0]
+    """(B, T, E) -> (B, E) by "mean" or "token"."""
+    return h.mean(dim=1) if kind == "mean" else h[:, 0]
 
 
 # ------------------------------------------------------------------------ labels as inputs (Fig. 2)

@@ -70,7 +70,7 @@ SETTINGS = {
     "threshold": (2.0, FROM_0, "theta of Eq. 2 (ff, collab)"),
     "alpha": (1.0, (1e-6, math.inf), "alpha of Eq. 7 (symba)"),
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
-    "plain": (False, None, "no short cut through a layer's work (vit.forward_for_local_loss)"),
+    "plain": (False, None, "no short cut through a layer's work (vit.LocalLossLayer)"),
     "seed": (0, None, "of the validation split, the weights and every draw"),
     "precision": ("tf32", ["fp32", "tf32", "bf16"], "tf32: all products on a GPU; bf16: layers'"),
     "device": ("auto", ["auto", "cpu", "cuda", "mps"], "auto: a GPU if there is one; mps: untried"),

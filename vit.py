@@ -75,28 +75,36 @@ class EncoderLayer(nn.Module):
     """One pre-norm encoder layer of Section 3.4, without dropout: (B, T, E) -> (B, T, E).
 
     In its start and in what it computes equal to torch.nn.TransformerEncoderLayer(E, H, 2 * E,
-    dropout=0, activation="gelu", norm_first=True, batch_first=True). loss_sees: the pooling, "mean"
-    or "token", if the layer's loss sees the pooled output alone (`forward_for_local_loss`).
+    dropout=0, activation="gelu", norm_first=True, batch_first=True).
     """
 
-    def __init__(self, embed_dim, num_heads, loss_sees=None):
+    def __init__(self, embed_dim, num_heads):
         super().__init__()
-        self.loss_sees, self.is_last = loss_sees, False
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.attention = Attention(embed_dim, num_heads)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, 2 * embed_dim), nn.GELU(),
                                  nn.Linear(2 * embed_dim, embed_dim))
 
     def forward(self, x):
-        if self.loss_sees and torch.is_grad_enabled():
-            return self.forward_for_local_loss(x)
         z = self.attention(self.norm1(x)) + x                   # z = MSA(LN(x)) + x
         return self.mlp(self.norm2(z)) + z                      # f = MLP(LN(z)) + z
 
-    def forward_for_local_loss(self, x):
-        """`forward` for a loss of pool(f) alone: f without a graph, f.pooled (B, E) with one; of
-        the last layer, whose f no layer reads, pool(f) as (B, 1, E). Equal but for rounding, with
-        less work: W2's backward pass has a row an image, and none goes through W_qkv to LN(x)."""
+
+class LocalLossLayer(EncoderLayer):
+    """An EncoderLayer trained by a loss of pool(f) alone: equal but for rounding, with less work.
+
+    While training f comes without a graph and f.pooled, (B, E), with one; of the last layer, whose
+    f no layer reads, pool(f) comes as (B, 1, E). W2's backward pass has a row an image, and none
+    goes through W_qkv to LN(x). pooling: "mean" or "token".
+    """
+
+    def __init__(self, embed_dim, num_heads, pooling, is_last):
+        super().__init__(embed_dim, num_heads)
+        self.pooling, self.is_last = pooling, is_last
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            return super().forward(x)
         qkv, norm, (first, gelu, second) = self.attention.qkv, self.norm1, self.mlp
         if x.requires_grad:                                     # layer 1: the embedding's output
             z = self.attention(norm(x)) + x
@@ -106,8 +114,8 @@ class EncoderLayer(nn.Module):
                                                qkv.bias + qkv.weight @ norm.bias)) + x
         u = gelu(first(self.norm2(z)))
         # pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)
-        pooled = second(pool(u, self.loss_sees)) + pool(z, self.loss_sees)
-        if self.is_last:                                        # no layer reads its whole f
+        pooled = second(pool(u, self.pooling)) + pool(z, self.pooling)
+        if self.is_last:
             return pooled[:, None]
         with torch.no_grad():
             f = second(u).add_(z)
@@ -185,9 +193,9 @@ class ViT(nn.Module):
         self.register_buffer("labels", label_table(num_classes, patch_dim) if labels else None)
         embedding = PatchEmbedding(patch_dim, num_tokens + bool(labels), embed_dim,
                                    pool == "token", position_std)
-        self.layers = nn.ModuleList(EncoderLayer(embed_dim, num_heads, pool if local_loss else None)
-                                    for _ in range(num_layers))
-        self.layers[-1].is_last = True
+        self.layers = nn.ModuleList(
+            LocalLossLayer(embed_dim, num_heads, pool, l == num_layers) if local_loss
+            else EncoderLayer(embed_dim, num_heads) for l in range(1, num_layers + 1))
         self.layers[0] = nn.Sequential(embedding, self.layers[0])
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 

@@ -39,7 +39,7 @@ from cff import encode, predict, update
 from eval import print_table
 from pipeline import connect, gather, leave, take_part
 from train import defaults, find_device, make_augment, make_model, make_optimizers, make_step
-from vit import plain_name
+from vit import EncoderLayer, LocalLossLayer, plain_name
 
 TWO, PLAIN, EARLY = "CFF+M, 2 views", "CFF+M, 2 views, --plain", "BP, pooled early"
 METHODS = {"BP": {"algo": "bp"}, "CFF+M, 1 view": {"algo": "cffm", "views": 1},
@@ -110,8 +110,9 @@ def random_run(method, name, dataset, batch_size, device, **changes):
                            generator)
     x = torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device)
     model = make_model(s, facts).to(device)
-    if method == EARLY:
-        model.layers[-1].loss_sees = s["pool"]
+    if method == EARLY and isinstance(model.layers[-1], EncoderLayer):      # not MLPs, nor layer 1
+        E, H, _ = map(int, name.split("-")[1:])
+        model.layers[-1] = LocalLossLayer(E, H, s["pool"], is_last=True)
     return SimpleNamespace(settings=s, facts=facts, model=model, x=x,
                            y=random_labels(batch_size, classes).to(device), augment=augment,
                            generator=generator)

@@ -158,8 +158,8 @@ def batches(run):
     """The training batches (x, y) of the next epoch, the learning rate set for each."""
     images, y = run.train
     for rate, rows in plan(run):
-        for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+        for optimizer in run.optimizers:
+            optimizer.param_groups[0]["lr"] = rate
         yield images[rows], y[rows]
 
 
@@ -409,10 +409,11 @@ def split(images, labels, s, num_classes):
 
 def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
     """RandAugment [45] of uint8 images (B, C, H, W): torchvision draws each of the num_ops
-    operations for a group of images at once, and who is in which group is drawn anew for each."""
+    operations for a group of images at once, and who is in which group is drawn anew for each.
+    groups: at most so many; fewer are faster, more leave fewer images with the same draws."""
     draw, images = v2.RandAugment(1, magnitude), images.clone()
     with torch.random.fork_rng(devices=[]):             # torchvision has no generator of its own
-        torch.manual_seed(torch.randint(2 ** 31, (), generator=generator).item())
+        torch.default_generator.manual_seed(torch.randint(2 ** 31, (), generator=generator).item())
         for _ in range(num_ops):
             order = torch.randperm(len(images)).to(images.device, non_blocking=True)
             images[order] = torch.cat([draw(images[rows]) for rows in order.chunk(groups)])
@@ -429,8 +430,8 @@ def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
         if "randaug" in kind:
             images = rand_augment(images, generator)
         if "crop" in kind:                                  # a random window of the padded image
-            mode = "constant" if fill == "zeros" else "replicate"
-            padded = pad(images.float(), 4 * [padding], mode).to(images.dtype)
+            mode = "edge" if fill == "edge" else "constant"
+            padded = v2.functional.pad(images, padding, padding_mode=mode)
             windows = padded.unfold(2, H, 1).unfold(3, W, 1)            # (B, C, size, size, H, W)
             rows, columns = torch.randint(size, (2, B), generator=generator).to(**there)
             images = windows[torch.arange(B, device=images.device), :, rows, columns]
@@ -621,10 +622,10 @@ def parse(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, epilog="\n".join(
             f"instead of [default], {name}: {own}" for name, own in (BY_DATASET | RECIPES).items()))
-    of = {"model": plain_name, "out": os.path.expanduser, "data_dir": os.path.expanduser}
+    types = {"model": plain_name, "out": os.path.expanduser, "data_dir": os.path.expanduser}
     for name, (default, allowed, meaning) in SETTINGS.items():
         kind = dict(action="store_true") if default is False else dict(
-            type=of.get(name, type(default)), choices=allowed if type(allowed) is list else None)
+            type=types.get(name, type(default)), choices=allowed if type(allowed) is list else None)
         parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **kind)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     typed = vars(parser.parse_args(argv))

@@ -93,9 +93,9 @@ class EncoderLayer(nn.Module):
 class LocalLossLayer(EncoderLayer):
     """An EncoderLayer trained by a loss of pool(f) alone: equal but for rounding, with less work.
 
-    While training f comes without a graph and f.pooled, (B, E), with one; of the last layer, whose
-    f no layer reads, pool(f) comes as (B, 1, E). W2's backward pass has a row an image, and none
-    goes through W_qkv to LN(x). pooling: "mean" or "token".
+    Where gradients are asked for, f comes without a graph and f.pooled, (B, E), with one; of the
+    last layer, whose f no layer reads, pool(f) comes as (B, 1, E). W2's backward pass has a row an
+    image, and from layer 2 on none goes through W_qkv to LN(x). pooling: "mean" or "token".
     """
 
     def __init__(self, embed_dim, num_heads, pooling, is_last):
@@ -118,7 +118,7 @@ class LocalLossLayer(EncoderLayer):
         if self.is_last:
             return pooled[:, None]
         with torch.no_grad():
-            f = second(u).add_(z)
+            f = second(u) + z
         f.pooled = pooled
         return f
 
@@ -206,7 +206,7 @@ class ViT(nn.Module):
 
     def pool(self, h):
         """A layer's output, one vector an image: (B, T, E) -> (B, E). Eq. 13: 1/T sum_j f_ij."""
-        return h.pooled if hasattr(h, "pooled") else pool(h, self.pooling)
+        return h.pooled if hasattr(h, "pooled") else pool(h, self.pooling)  # of a LocalLossLayer
 
 
 class MLP(nn.Module):
@@ -264,8 +264,8 @@ def plain_name(name):
 def build_model(name, image_shape, num_classes, labels=None, **options):
     """A model from its name: "ViT[128 4 5]" or "vit-128-4-5", "MLP[800 4]" or "mlp-800-4".
 
-    image_shape (C, height, width). labels, and for a ViT patch_size, pool and position_std, as the
-    two classes take them. Raises ValueError for another name, and as they do.
+    image_shape (C, height, width). labels, and for a ViT patch_size, pool, position_std and
+    local_loss, as the two classes take them. Raises ValueError for another name, and as they do.
     """
     kind, *sizes = plain_name(name).split("-")
     known = (kind, len(sizes)) in (("vit", 3), ("mlp", 2))

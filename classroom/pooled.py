@@ -1,4 +1,4 @@
-"""The answer of task11, for a layer of task09's parts; in training `vit.EncoderLayer` does it."""
+"""The answer of task11, for a layer of task09's parts; in training `vit.LocalLossLayer` does it."""
 from torch.nn import functional as F
 
 from vit import Attention

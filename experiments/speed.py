@@ -112,7 +112,7 @@ def random_run(method, name, dataset, batch_size, device, **changes):
     model = make_model(s, facts).to(device)
     if method == EARLY and isinstance(model.layers[-1], EncoderLayer):      # not MLPs, nor layer 1
         E, H, _ = map(int, name.split("-")[1:])
-        model.layers[-1] = LocalLossLayer(E, H, s["pool"], is_last=True)
+        model.layers[-1] = LocalLossLayer(E, H, s["pool"], is_last=True).to(device)
     return SimpleNamespace(settings=s, facts=facts, model=model, x=x,
                            y=random_labels(batch_size, classes).to(device), augment=augment,
                            generator=generator)

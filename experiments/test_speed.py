@@ -82,6 +82,12 @@ def test_nothing_in_a_step_waits_for_the_device(algo, augment, plain):
         step(x, y).sum().item()
 
 
+def test_all_layers_of_a_random_run_are_on_its_device():
+    for method in speed.METHODS:
+        run = speed.random_run(method, "vit-16-2-3", "cifar10", 8, torch.device("meta"))
+        assert {p.device.type for p in run.model.parameters()} == {"meta"}, method
+
+
 def test_only_a_local_loss_takes_the_short_cut():
     for algo, short in (("cff", True), ("collab", True), ("scl", False), ("bp", False)):
         s = train.defaults("shapes", algo) | {"model": "vit-16-2-2"}

@@ -124,8 +124,8 @@ class LocalLossLayer(EncoderLayer):
 
 
 def pool(h, kind):
-    """(B, T, E) -> (B, E) by "mean" or "token"."""
-    return h.mean(dim=1) if kind == "mean" else h[:, 0]
+    """(B, T, E) -> (B, E) by "mean" or "token"; a sum, as a mean's backward pass makes T rows."""
+    return h.sum(dim=1) / h.shape[1] if kind == "mean" else h[:, 0]
 
 
 # ------------------------------------------------------------------------ labels as inputs (Fig. 2)

@@ -95,7 +95,7 @@ def _mean_over_anchors(L_i, P):
 def contrastive_loss(f, y, temperature=0.15):
     """Supervised contrastive loss, outer form, Eq. 3: f (2B, E) of unit rows, y (2B,) -> scalar.
 
-    Raises ValueError if shapes do not fit, temperature <= 0 or no row has a positive.
+    Raises ValueError if shapes do not fit, temperature <= 0 or no row has a positive (a GPU: nan).
     """
     _check(f, y, temperature)
     P, N = _sets(y)
@@ -172,7 +172,8 @@ def _around(f, y, i, margin, temperature):
 
 
 def grad_anchor(f, y, k, margin, temperature):
-    """dL_k/df_k (E,), Eq. 18: the gradient of an anchor's own loss; zeros if k has no positive."""
+    """dL_k/df_k (E,), Eq. 18: the gradient of an anchor's own loss; zeros if k has no positive.
+    Arguments and errors as `marginal_contrastive_loss`, here and below; k and i are row numbers."""
     s, P, N, R, Rc, Z = _around(f, y, k, margin, temperature)
     if not P.any():
         return torch.zeros_like(f[k])

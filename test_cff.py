@@ -879,7 +879,9 @@ def test_prediction_is_one_forward_pass(small):
     h = model.patches(x)
     for layer in model.layers:
         h = layer(h)
+    inputs = inputs_of(model.layers[0])
     close(cff.predict(model, x, "cff"), model.head(h.mean(dim=1)), "scores")
+    assert len(inputs) == 1
 
 
 @pytest.mark.parametrize("method", ["bp", "scl"])
@@ -1036,8 +1038,10 @@ def test_prediction_sums_the_goodness_over_the_layers():
 def test_prediction_has_one_pass_for_each_class(labelled):
     model, _, x, y, _ = labelled
     G = [goodness_by_hand(model, x, torch.full((6,), c)).sum(dim=0) for c in range(3)]
+    inputs = inputs_of(model.layers[0])
     for algo in ("ff", "symba", "collab"):
         close(cff.predict(model, x, algo), torch.stack(G, dim=1), "column c: goodness with label c")
+    assert sum(len(rows) for rows in inputs) == 3 * 3 * 6, "3 methods, 3 classes, 6 images"
     for name, algo, words in ((model, "hebb", "algo"), (model, "cff", "built without labels"),
                               (small_case()[0], "ff", "built with labels")):
         with pytest.raises(ValueError, match=words):
@@ -1082,15 +1086,18 @@ def test_table1_every_row_is_what_a_data_set_gives_by_default():
 
 def test_table3_bp_has_its_rate_and_every_augmentation_its_operations(monkeypatch):
     assert settings_of("--dataset", "cifar10", "--algo", "bp")["lr"] == 0.0005
-    calls, rand_augment = [], train.rand_augment
-    monkeypatch.setattr(train, "rand_augment", lambda *a: calls.append(1) or rand_augment(*a))
+    monkeypatch.setattr(train, "rand_augment", lambda images, generator: 255 - images)
+
+    def augmented(kind, images):
+        generator = torch.Generator().manual_seed(0)
+        return train.make_augment(kind, 4, [0.5] * 3, [0.2] * 3, generator)(images)
     white = torch.full((50, 3, 8, 8), 255, dtype=torch.uint8)
-    for kind, crops, draws in (("none", False, 0), ("flip", False, 0), ("crop", True, 0),
-                               ("crop+randaug", True, 1)):
-        calls.clear()
-        augment = train.make_augment(kind, 4, [0.5] * 3, [0.2] * 3, torch.Generator())
-        black = (augment(white)[:, 0, 0].min() < 0).item()
-        assert len(calls) == draws and black == crops, f"{kind}: RandAugment, a black border"
+    for kind, crops in (("none", False), ("flip", False), ("crop", True)):
+        x = augmented(kind, white)
+        assert x.max() > 0 and (x.min() < 0) == crops, f"{kind}: no RandAugment, a black border"
+    x = torch.randint(256, white.shape, dtype=torch.uint8)
+    same_crops = augmented("crop", 255 - x)
+    assert torch.equal(augmented("crop+randaug", x), same_crops), "RandAugment, crop and flip"
 
 
 def test_table4_missing_data_and_exactly_so_many_wrong_labels():

@@ -6,8 +6,8 @@
     python train.py --dataset mnist --algo ff --recipe mlp
     python train.py --resume --out runs/NAME         go on where a run stopped
 
-A run is a folder: config.json (every setting), log.csv (a row an epoch), last.pt (what --resume
-needs), best.pt (the weights), result.json (test accuracy). `python eval.py runs/NAME` reads it.
+A run is a folder: config.json (every setting), log.csv (a row an epoch), best.pt (the weights),
+last.pt (where --resume goes on), result.json (test accuracy). `python eval.py runs/NAME` reads it.
 """
 import argparse
 import json
@@ -471,6 +471,7 @@ class Run:
                       "std": std, "images": [len(labels) for _, labels in parts]}
         torch.manual_seed(s["seed"])
         self.model = make_model(s, self.facts).to(self.device)
+        layer_margins(s, self.model)                        # raises ValueError, if at all, now
         self.optimizers = make_optimizers(self.model, s)
         self.generator = torch.Generator().manual_seed(s["seed"])
         self.augment, self.normalise = (
@@ -514,12 +515,12 @@ class Run:
 
     def load(self):
         """Take up the last finished epoch, if any; OSError or ValueError if that cannot be."""
-        if not any((self.folder / name).exists() for name in ("last.pt", "result.json")):
-            return                                          # stopped before its first epoch
-        read(self.folder / "best.pt", "model")              # will be needed later
         if "OMP_NUM_THREADS" not in os.environ:             # as before, for the same rounding
             config = json.loads((self.folder / "config.json").read_text())
             torch.set_num_threads(min(config.get("threads", 1), os.cpu_count()))
+        if not any((self.folder / name).exists() for name in ("last.pt", "result.json")):
+            return                                          # stopped before its first epoch
+        read(self.folder / "best.pt", "model")              # will be needed later
         weights, generator, optimizers, *progress = read(
             self.folder / "last.pt", "model", "generator", "optimizers", *self.state)
         self.model.load_state_dict(weights)
@@ -640,6 +641,8 @@ def parse(argv=None):
         others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in known]
         s["out"] = "runs/" + "-".join([*(s[name] for name in known[:3]), *others, f"s{s['seed']}"])
     folder = Path(s["out"])
+    if s["head"] and s["algo"] not in WITH_LABELS:
+        parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
     if not resume and (folder / "config.json").exists():
         parser.error(f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if resume:

@@ -13,7 +13,8 @@ A model is a list of local layers, each trained by its own loss; data flows thro
     scores = model.head(model.pool(h))     # (B, classes)
 
 An MLP has one vector an image where a ViT has tokens: (B, D), then (B, E). A model built with
-`labels`, for FF, SymBa and FF Collab, gets the label with the image: model.patches(images, y).
+`labels`, for FF, SymBa and FF Collab, gets the label with the image, model.patches(images, y), and
+normalises between layers: cff.encode and cff.features are its way through them.
 
     >>> model = build_model("ViT[128 4 5]", image_shape=(3, 32, 32), num_classes=10)
 """

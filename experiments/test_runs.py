@@ -475,7 +475,8 @@ def test_a_reader_that_goes_away_ends_a_run_with_one_line(tmp_path):
     (["--epochs", "0"], "epochs"), (["--temperature", "0"], "temperature"), (["--lr", "nan"], "lr"),
     (["--resume"], "no run to resume"), (["--batch", "64"], "unrecognized"),
     (["--views", "1", "--limit", "36", "--batch-size", "2", "--seed", "8"], "two images of a"),
-    (["--limit", "10"], "need two classes"),
+    (["--limit", "10"], "need two classes"), (["--algo", "bp", "--head"], "--head is for ff"),
+    (["--decay", "exponential", "--m0", "0"], "needs m0 > 0"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as ended:
@@ -485,13 +486,14 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, word
     assert not (tmp_path / "run").exists()
 
 
-def test_a_setting_comes_from_what_is_typed_then_the_recipe_then_the_data_set():
+def test_a_setting_comes_from_what_is_typed_then_the_data_set_then_the_recipe():
     def epochs(dataset, *flags):
         return settings_of("--dataset", dataset, *flags)["epochs"]
     assert epochs("shapes") == 30 and epochs("cifar10") == 600
     assert epochs("cifar10", "--recipe", "short") == 30
     assert epochs("cifar10", "--recipe", "short", "--epochs", 7) == 7
     assert settings_of("--dataset", "tinyimagenet", "--recipe", "short")["padding"] == 6
+    assert settings_of("--recipe", "short")["head_epochs"] == 4, "shapes', not the recipe's 10"
     bp = ["--dataset", "cifar10", "--algo", "bp"]
     assert settings_of(*bp, "--recipe", "short")["lr"] == 0.002
     assert settings_of(*bp, "--lr", 1)["lr"] == 1

@@ -12,6 +12,7 @@ import csv
 import glob
 import inspect
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -217,4 +218,5 @@ def grade(arguments):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):             # a console may lack letters of a name
         stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # a time limit's stop is a Ctrl-C
     raise SystemExit(grade(sys.argv[1:]))

@@ -471,7 +471,7 @@ class Run:
                       "std": std, "images": [len(labels) for _, labels in parts]}
         torch.manual_seed(s["seed"])
         self.model = make_model(s, self.facts).to(self.device)
-        layer_margins(s, self.model)                        # raises ValueError, if at all, now
+        layer_margins(s, self.model)                        # margins that cannot be end here
         self.optimizers = make_optimizers(self.model, s)
         self.generator = torch.Generator().manual_seed(s["seed"])
         self.augment, self.normalise = (

@@ -155,7 +155,8 @@ def test_the_claims_have_the_speeds_of_their_records():
     passes, head = (speed["inference"][way]["ratio"]
                     for way in ("FF, a pass for each class", "FF, with head"))
     for said in (f"a step {steps[one]['ratio']:.2f} / {steps[two]['ratio']:.2f} of BP's",
-                 f"time {passes:.1f} to {head:.1f} of CFF+M's", f"two views slower ({with_two:.2f})",
+                 f"time {passes:.1f} to {head:.1f} of CFF+M's",
+                 f"two views slower ({with_two:.2f})",
                  f"{gain:.2f} times one process, {to_bp:.2f} times BP on two"):
         assert said in text, f"not said: {said}"
 

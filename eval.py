@@ -316,8 +316,10 @@ def show_table(folders, markdown=False):
 # ------------------------------------------------------------------------------ figures of runs
 
 def what_varies(groups):
-    """The setting in which runs of one method differ, "" if none; ValueError if several."""
-    varied = set()
+    """The setting in which runs of one method differ, or all in their data or model, "" if none;
+    ValueError if several."""
+    everywhere = ("dataset", "limit", "model", "augment", "missing", "label_noise")
+    varied = {name for name in everywhere if len({runs[0].settings[name] for runs in groups}) > 1}
     for algo in NAMES:
         mine = [essential(group[0]) for group in groups if group[0].settings["algo"] == algo]
         varied |= {name for s in mine for name in s if s[name] != mine[0][name]}

@@ -185,6 +185,13 @@ def test_eq11_has_the_means_of_eq10_inside_and_is_not_the_mean_of_eq9():
     assert max(map(abs, differences)) > 0.01, "Eq. 9's average over its draws"
 
 
+def test_eq11_is_eq12_but_for_a_constant_where_positives_are_as_many_as_negatives():
+    f, y = batch(0, n=5)[0], torch.tensor([0, 0, 0, 1, 2])      # the last two have no positive
+    means = [[mean_exp(f, i, rows) for rows in sets(y, i)] for i in range(3)]
+    eq11 = sum(-torch.log(a / (a + b)) for a, b in means) / 3
+    close(losses.inner_contrastive_loss(f, y, 1.0), eq11 + math.log(2), "Eq. 12, Eq. 11 + ln |P|")
+
+
 # ------------------------------------------------------------------ Section 3.1: Eqs. 3 and 12
 
 def double_loop(f, y, tau, inner):
@@ -1248,6 +1255,7 @@ def records(*runs):
     ("model", [(dict(model="vit-128-4-5"), 50), (dict(model="vit-64-4-4"), 40)],    # Fig. 7
      [0, 1], [40, 50]),
     ("label_noise", [(dict(label_noise=0.2), 60), ({}, 80)], [0, 1], [70, 50]),     # Table 4: test
+    ("limit", [(dict(limit=900), 50), (dict(algo="bp"), 40)], [0], [50]),           # not by epoch
 ])
 def test_fig4b_fig7_table4_accuracy_is_drawn_against_what_varies(varied, runs, x, y):
     pytest.importorskip("matplotlib")

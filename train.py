@@ -77,9 +77,9 @@ SETTINGS = {
     "out": ("", None, "folder of the run; if not given, runs/ and a name made of the settings"),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
-# What differs by --recipe, then by data set; what is typed comes last.
+# What differs by recipe, then by data set; what is typed comes last.
 BY_DATASET = {
-    "shapes": dict(model="vit-64-4-3", patch_size=8, head_epochs=4),        # and the short recipe
+    "shapes": dict(recipe="short", model="vit-64-4-3", patch_size=8, head_epochs=4),
     "mnist": dict(model="mlp-500-3", augment="none"),
     "cifar100": dict(model="vit-192-6-6"),
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
@@ -607,12 +607,13 @@ def write(path, content):
 
 # ------------------------------------------------------------------------------------ command line
 
-def defaults(dataset, algo, recipe="none"):
-    """The settings where nothing else is typed."""
+def defaults(dataset, algo, recipe=None):
+    """The settings where nothing else is typed; without a recipe, by the data set's."""
     def of(recipe):
         return {**RECIPES.get(recipe, {}), **RECIPES.get(f"{recipe} {algo}", {})}
-    used = "short" if dataset == "shapes" and recipe == "none" else recipe
-    return {**DEFAULTS, **of("none"), **of(used), **BY_DATASET.get(dataset, {}),
+    own = BY_DATASET.get(dataset, {})
+    recipe = recipe or own.get("recipe", "none")
+    return {**DEFAULTS, **of("none"), **of(recipe), **own,
             "dataset": dataset, "algo": algo, "recipe": recipe}
 
 
@@ -632,7 +633,7 @@ def parse(argv=None):
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume", False)
     s = DEFAULTS | typed
-    s = defaults(s["dataset"], s["algo"], s["recipe"]) | typed
+    s = defaults(s["dataset"], s["algo"], typed.get("recipe")) | typed
     for name, (_, allowed, _) in SETTINGS.items():
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")

@@ -498,6 +498,7 @@ def test_a_setting_comes_from_what_is_typed_then_the_data_set_then_the_recipe():
     assert settings_of(*bp, "--recipe", "short")["lr"] == 0.002
     assert settings_of(*bp, "--lr", 1)["lr"] == 1
     assert settings_of("--algo", "bp")["lr"] == 0.002, "shapes have the recipe for short runs"
+    assert settings_of()["recipe"] == "short" and epochs("shapes", "--recipe", "none") == 600
     symba = settings_of("--dataset", "mnist", "--algo", "symba", "--recipe", "mlp")
     names = ("alpha", "lr", "epochs", "model")
     assert [symba[name] for name in names] == [4, 0.1, 40, "mlp-500-3"]

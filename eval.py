@@ -26,8 +26,8 @@ from torch.nn.functional import normalize
 from torchvision.utils import save_image
 
 from losses import margins
-from train import (DEFAULTS, METRIC, SETTINGS, SHAPES, WITH_LABELS, Run, accuracy, defaults,
-                   layer_features, load_data, make_augment, probe, read, stages)
+from train import (DEFAULTS, METRIC, SETTINGS, SHAPES, WITH_LABELS, Run, accuracy, choosing_loss,
+                   defaults, layer_features, load_data, make_augment, probe, read, stages)
 
 NAMES = {"cff": "CFF", "cffm": "CFF+M", "ff": "FF", "symba": "SymBa", "collab": "FF Collab",
          "scl": "SCL", "bp": "BP+CE"}
@@ -108,10 +108,9 @@ def essential(record):
 
 
 def choosing_losses(settings, log):
-    """Each epoch's validation loss that chooses the weights, as in `train.end_epoch`."""
-    losses = [[value for column, value in row.items() if column.startswith("val_loss")]
-              for row in log]
-    return [sum(row[1:] or row) if settings["algo"] in WITH_LABELS else row[-1] for row in losses]
+    """Each epoch's validation loss that chooses the weights."""
+    return [choosing_loss(settings["algo"], [value for column, value in row.items()
+                                             if column.startswith("val_loss")]) for row in log]
 
 
 def epochs_to_convergence(settings, log):
@@ -148,23 +147,20 @@ def evaluate(folder, data_dir=None):
 
 # --------------------------------------------------------------- layer by layer (Sec. 4.2, Fig. 5)
 
-def fisher_criterion(f, y, averaged=False):
+def fisher_criterion(f, y):
     """Tr(S_w^-1 S_b), Eqs. 19-22, of pooled outputs f (N, E) with labels y (N,): a float.
 
-    averaged: S_w as the mean over the classes, where Eq. 19 has the sum. A singular S_w, of a unit
-    that is always off, is inverted on the rest of the space.
+    A singular S_w, of a unit that is always off, is inverted on the rest of the space.
     """
-    f, classes = f.double(), y.unique()
+    f = f.double()
     m, S_w, S_b = f.mean(dim=0), 0, 0                               # m, Eq. 20
-    for c in classes:
+    for c in y.unique():
         f_c = f[y == c]
         m_c = f_c.mean(dim=0)                                       # m_c, Eq. 20
         S_c = (f_c - m_c).T @ (f_c - m_c) / len(f_c)                # S_c, Eq. 21
         S_w = S_w + S_c                                             # Eq. 19: S_w = sum_c S_c
         # Eq. 19: S_b = 1/N sum_c N_c (m_c - m)(m_c - m)^T
         S_b = S_b + len(f_c) / len(f) * torch.outer(m_c - m, m_c - m)
-    if averaged:
-        S_w = S_w / len(classes)
     return (torch.linalg.pinv(S_w, hermitian=True) @ S_b).trace().item()        # Eq. 22
 
 
@@ -185,8 +181,10 @@ def show_layers(folder, data_dir=None):
     best, three = log[losses.index(min(losses))], three_images(normalize(features[0]), y)
     for l, f in enumerate(features, start=1):
         s = normalize(f[three]) @ normalize(f[three[0]], dim=0)
+        fisher = fisher_criterion(f, y)
         rows.append({
-            "Layer": l, "Fisher": fisher_criterion(f, y), "averaged": fisher_criterion(f, y, True),
+            "Layer": l, "Fisher": fisher,
+            "averaged": fisher * len(y.unique()),       # S_w as the mean over the classes
             "Train loss": best.get(f"train_loss_{l}"), "Val loss": best.get(f"val_loss_{l}"),
             "Train |R|/|P|": best.get(f"train_saturated_{l}"),
             "Val |R|/|P|": best.get(f"val_saturated_{l}"),

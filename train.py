@@ -123,11 +123,13 @@ def stages(s):
     return 2 if s["algo"] in ("cff", "cffm", "scl") or s["head"] else 1
 
 
-def make_step(s, model, optimizers, augment, generator, stage=1):
-    """step(x, y): trains on one batch by the settings s; returns the losses, (L,) or a scalar."""
+def make_step(s, model, optimizers, augment, generator, stage=1, margins=None):
+    """step(x, y): trains on one batch by the settings s; returns the losses, (L,) or a scalar.
+    margins: of the layers, if not by the settings and the model's depth."""
     ff = partial(ff_step, model, optimizers, augment=augment, generator=generator)
     of_views = dict(augment=augment, temperature=s["temperature"], views=s["views"])
-    cff = partial(cff_step, model, optimizers, margins=layer_margins(s, model), **of_views)
+    cff = partial(cff_step, model, optimizers, margins=margins or layer_margins(s, model),
+                  **of_views)
     steps = {
         "cff": cff, "cffm": cff,
         "ff": partial(ff, loss=partial(ff_loss, threshold=s["threshold"])),
@@ -222,18 +224,22 @@ def end_epoch(run, train_loss, val_loss, start):
     print(f"{text}  {row['seconds']:6.1f} s", flush=True)
     if not all(map(math.isfinite, fit + val)):
         raise SystemExit("train.py: a loss is not a number; try a smaller --lr, with another --out")
-    # the epoch is chosen by the last layer's loss; FF's by the sum over the layers but the first
-    but_first = run.settings["algo"] in WITH_LABELS and len(val) > 1
-    chosen_by = sum(val[1:]) if but_first else val[-1]
-    best = chosen_by < state["best"]
+    loss = choosing_loss(run.settings["algo"], val)
+    best = loss < state["best"]
     if best:
-        state["best"] = chosen_by
+        state["best"] = loss
         state["best_epoch"] = state["epoch"] if state["stage"] == 1 else state["best_epoch"]
     earlier = [old["seconds"] for old in state["log"] if old["stage"] == state["stage"]]
     if row["seconds"] > 3 * min(earlier, default=math.inf):
         warn_if_crowded(run)
     state["log"].append(row)
     run.save(best)
+
+
+def choosing_loss(algo, val):
+    """What is least in the epoch whose weights are kept, of its validation losses by layer: that of
+    the last layer; of FF, SymBa and FF Collab the sum over the layers but the first."""
+    return sum(val[1:] or val) if algo in WITH_LABELS else val[-1]
 
 
 def warn_if_crowded(run):
@@ -539,7 +545,7 @@ class Run:
             self.save(best=False)
 
     def test_model(self):
-        """Accuracy of the weights on test and validation data, written to result.json."""
+        """Accuracy of the weights on test and validation data: result.json, printed, returned."""
         s, state, result = self.settings, self.state, {}
         for part, (images, y) in (("test", self.test), ("val", self.val)):
             found = accuracy(self.model, images, y, self.normalise, s)
@@ -547,6 +553,8 @@ class Run:
         result |= {"metric": METRIC.get(s["dataset"], "top1"), "best_epoch": state["best_epoch"],
                    "seconds": round(sum(row["seconds"] for row in state["log"]), 1)}
         write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        print("test accuracy {test_top1} % (top-5 {test_top5} %, top-10 {test_top10} %); test it "
+              "again: python eval.py".format(**result), quote(s["out"]))
         return result
 
 
@@ -670,9 +678,7 @@ def main(argv=None):
             print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings)
                   + f"; threads: {torch.get_num_threads()}")
             warn_if_crowded(run)
-            result = train(run)
-        print("test accuracy {test_top1} % (top-5 {test_top5} %, top-10 {test_top10} %); test it "
-              "again: python eval.py".format(**result), quote(settings["out"]))
+            train(run)
     except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as reason:
         said = (str(reason) or "stopped").splitlines()[0]
         if isinstance(reason, BrokenPipeError):                     # nobody reads any more

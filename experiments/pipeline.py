@@ -4,12 +4,8 @@
     torchrun --nproc-per-node 4 experiments/pipeline.py --resume --out runs/NAME
     python experiments/pipeline.py --schedule runs/NAME     who worked, who waited; schedule.png
 
-No gradient crosses from layer to layer, so layers can train at the same time: while layer l works
-on batch t, layer l - 1 works on batch t + 1. The processes share the layers, in order and as evenly
-as they divide. Flags and the run's folder are train.py's, with trace.csv besides, and each of the
-two goes on (--resume) with what the other began. On a CPU, with one thread a process, which is what
-torchrun sets, weights and losses are those of train.py bit for bit. Processes talk through gloo on
-CPUs and NCCL on GPUs, one process a GPU. If one dies, the run ends; its last whole epoch stays.
+No gradient crosses from layer to layer, so layers can train at the same time. Flags and the run's
+folder are train.py's, with trace.csv besides; README.md, *The pipeline of layers*, says more.
 """
 import csv
 import io
@@ -19,9 +15,7 @@ import sys
 import time
 from collections import deque
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from shlex import quote
 
 import torch
 import torch.distributed as dist
@@ -126,13 +120,12 @@ class Segment:
 def take_part(s, facts, model, optimizers, augment, generator=None):
     """This process's part in training a model by settings s on data of these facts: its `Segment`,
     its layers' optimizers and step(x, y), to which a later process gives y in place of x."""
-    margins = train.layer_margins(s, model)
+    margins = train.layer_margins(s, model)                     # before the model is cut
     segment = Segment(model, facts["image_shape"], s["views"])
     optimizers = optimizers[segment.place]
     augment = (lambda y: y) if segment.rank > 0 else augment
-    step = train.make_step(s, segment, optimizers, augment, generator)
-    if model.labels is None:            # its margins were those of a model of the segment's depth
-        step = partial(step, margins=margins[segment.place])
+    step = train.make_step(s, segment, optimizers, augment, generator,
+                           margins=margins[segment.place])
     return segment, optimizers, step
 
 
@@ -351,17 +344,14 @@ def start_run(argv):
 
 
 def lead(run):
-    """What the first process does: `train.train`, with stage 1 by all; says what train.py says."""
+    """What the first process does: `train.train`, with stage 1 by all."""
     print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**run.settings)
-          + f", by {os.environ['WORLD_SIZE']} processes\nepoch, training losses | last validation "
-          "loss | validation accuracy of a linear probe")
+          + f", by {os.environ['WORLD_SIZE']} processes")
     connect()
     if run.state["stage"] == 1:
         train_encoder(run)
     broadcast(None)                                             # the others end
-    result = train.train(run)                                   # what is left: stage 2, the test
-    print(f"test accuracy {result['test_top1']} % (top-5 {result['test_top5']} %, top-10 "
-          f"{result['test_top10']} %); test it again: python eval.py {quote(str(run.folder))}")
+    train.train(run)                                            # what is left: stage 2, the test
 
 
 def main():

@@ -314,8 +314,8 @@ def show_table(folders, markdown=False):
 # ------------------------------------------------------------------------------ figures of runs
 
 def what_varies(groups):
-    """The setting in which runs of one method differ, or all in their data or model, "" if none;
-    ValueError if several."""
+    """The one setting in which runs of a method differ, or any runs if it is of the data or the
+    model; "" if none, ValueError if several."""
     everywhere = ("dataset", "limit", "model", "augment", "missing", "label_noise")
     varied = {name for name in everywhere if len({runs[0].settings[name] for runs in groups}) > 1}
     for algo in NAMES:

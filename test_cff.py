@@ -298,6 +298,18 @@ def test_eq17_of_a_collapsed_layer_is_ln_2B_minus_1(m, B, tau):
           "Eq. 17 of identical rows, ln(2B - 1)")
 
 
+def test_eq17_of_a_layer_that_knows_no_classes_falls_with_the_margin():
+    f, y = torch.eye(6, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 1])  # all s_ij are 0
+    for m, tau in itertools.product((0.0, 0.4, 1.0), (0.15, 1.0)):
+        expected = torch.tensor(math.log(2 * math.exp(m / tau) + 3) - m / tau, dtype=f.dtype)
+        close(losses.marginal_contrastive_loss(f, y, m, tau), expected,
+              "Eq. 17 of equal similarities of at most 1 - m, ln(|P| e^(m/tau) + |N|) - m/tau")
+    y = torch.arange(128) % 10                                                  # README.md's numbers
+    for m, tau, shown in ((0.4, 0.15, 3.7), (0.1, 0.15, 5.0), (0.4, 0.25, 4.3), (0.1, 0.25, 5.2)):
+        loss = losses.marginal_contrastive_loss(torch.eye(256), torch.cat([y, y]), m, tau)
+        assert round(loss.item(), 1) == shown
+
+
 @pytest.mark.parametrize("change, words", [
     (dict(f=torch.ones(4)), "must be"), (dict(y=torch.zeros(3)), "must be"),
     (dict(margin=-0.1), "margin"), (dict(margin=2.1), "margin"),

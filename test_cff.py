@@ -304,7 +304,7 @@ def test_eq17_of_a_layer_that_knows_no_classes_falls_with_the_margin():
         expected = torch.tensor(math.log(2 * math.exp(m / tau) + 3) - m / tau, dtype=f.dtype)
         close(losses.marginal_contrastive_loss(f, y, m, tau), expected,
               "Eq. 17 of equal similarities of at most 1 - m, ln(|P| e^(m/tau) + |N|) - m/tau")
-    y = torch.arange(128) % 10                                                  # README.md's numbers
+    y = torch.arange(128) % 10                                          # README.md's numbers
     for m, tau, shown in ((0.4, 0.15, 3.7), (0.1, 0.15, 5.0), (0.4, 0.25, 4.3), (0.1, 0.25, 5.2)):
         loss = losses.marginal_contrastive_loss(torch.eye(256), torch.cat([y, y]), m, tau)
         assert round(loss.item(), 1) == shown

@@ -4,6 +4,7 @@
 """
 import csv
 import json
+import math
 import re
 import shlex
 import shutil
@@ -84,8 +85,9 @@ HERE_ARE = {        # number of the claim: the runs whose test accuracies stand 
     3: "tenth-cffm tenth-bp cifar10-short-cffm cifar10-short-bp mnist-cffm mnist-bp",
     4: "tenth-bp-randaug tenth-cffm-randaug tenth-bp tenth-cffm short-bp-randaug "
        "short-cffm-randaug cifar10-short-bp cifar10-short-cffm",
-    6: "tenth-cffm-missing80 tenth-bp-missing80 tenth-cffm-randaug tenth-bp-randaug "
-       "short-cffm-wrong40 short-bp-wrong40 short-cffm-randaug short-bp-randaug",
+    6: "tenth-cffm-missing80 tenth-bp-missing80 tenth-cffm-wrong40-s0 tenth-bp-wrong40-s0 "
+       "short-cffm-wrong40 short-bp-wrong40 tenth-cffm-randaug tenth-bp-randaug "
+       "short-cffm-randaug short-bp-randaug",
     7: "cifar10-short-ff-s0 short-ff-head-s0 cifar10-short-symba-s0 short-symba-head-s0",
     8: "short-cffm-randaug short-cffm-token",
     9: "short-cffm-views1 cifar10-short-cffm",
@@ -137,7 +139,7 @@ def test_the_sentences_have_the_accuracies_of_their_runs():
             f"{of['short-cffm-missing50']} / {of['short-bp-missing50']})",
             f"{of['short-cffm-missing80-long']} / {of['short-bp-missing80-long']} from "
             f"{of[short + 'cffm']} / {of[short + 'bp']}",
-            f"at 20 % ({of['short-cffm-wrong20']} / {of['short-bp-wrong20']})",
+            f"at 20 % there ({of['short-cffm-wrong20']} / {of['short-bp-wrong20']})",
             f"{val['fig7-128-cffm-s0']} against {val['fig7-128-bp-s0']}, and "
             f"{val['fig7-128-bp-lr0001']} at half",
             f"SCL has {of['shapes-scl']}, BP {of['shapes-bp']}, CFF+M {of['shapes-cffm']}, CFF "
@@ -215,7 +217,7 @@ def test_the_numbers_of_the_claims_are_the_records_the_papers_or_the_speeds(caps
     accuracies, validated = known_accuracies("test"), known_accuracies("val")
     values = " ".join(row["value"] for row in paper_rows())
     paper = set(re.findall(NUMBER, values)) | {"1.8"}       # Sec. 5.1 has that in its text alone
-    claims = section("## The claims")
+    claims = section("## The claims").split("\n### ")[0]
     rows = [line.strip("|").split("|") for line in re.findall(r"^\| \d.*", claims, flags=re.M)]
     assert len(rows) == 11
     for _, claim, of_paper, here, holds in rows:
@@ -358,6 +360,35 @@ def test_the_rates_of_the_tenth_have_the_records_validation_losses():
         assert record.settings["lr"] == float(lr) and len(losses) == int(epochs)
         assert (method, shown) == (evaluation.NAMES[record.settings["algo"]],
                                    f"{min(losses):.3f}"), name
+
+
+def test_the_losses_by_wrong_labels_are_those_of_the_records():
+    text = section("### Why wrong labels stop CFF+M")
+    row = r"^\| (\S+) \| (\S+) \| (\d+) % \| `(tenth-\S+)` \| (\S+) \| (\S+) \|$"
+    table = re.findall(row, text, flags=re.M)
+    runs = {path.name for path in FOLDERS if "tenth" in path.name and "-wrong40" in path.name}
+    assert runs <= {name for *_, name, _, _ in table} and len(table) == len(runs) + 3
+    longest = evaluation.read_record(RECORDS / "tenth-cffm-wrong40-s0")
+    least = min(evaluation.choosing_losses(longest.settings, longest.log))
+    assert f"In all its 200 epochs CFF+M comes to {least:.3f}" in text and len(longest.log) == 200
+    crop = {name: least for *_, name, _, least in table}["tenth-cff-wrong40-crop"]
+    assert f"(`-crop`) take CFF to {crop}" in text
+    for method, lr, wrong, name, equal, least in table:
+        record = evaluation.read_record(RECORDS / name)
+        s, losses = record.settings, evaluation.choosing_losses(record.settings, record.log)
+        m, batches = s["mL"] if s["algo"] == "cffm" else 0, ((128, 512), (43, 43))
+        level = sum(images * loss_of_equal(batch, m, s["temperature"])
+                    for batch, images in batches) / 555
+        level = math.log(10) if s["algo"] == "bp" else level
+        assert (evaluation.NAMES[s["algo"]], s["lr"], s["label_noise"]) == (
+            method, float(lr), int(wrong) / 100), name
+        assert (equal, least) == (f"{level:.3f}", f"{min(losses[:20]):.3f}"), name
+
+
+def loss_of_equal(B, m, tau):
+    """Eq. 17 of B images of ten classes in two views, all similarities equal and at most 1 - m."""
+    P = 1 + 2 * (B - 1) / 10                            # the other view; a tenth of other images
+    return math.log(P * math.exp(m / tau) + 2 * B - 1 - P) - m / tau
 
 
 def test_the_parts_of_the_short_recipe_have_the_records_validation_accuracies():

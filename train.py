@@ -123,13 +123,11 @@ def stages(s):
     return 2 if s["algo"] in ("cff", "cffm", "scl") or s["head"] else 1
 
 
-def make_step(s, model, optimizers, augment, generator, stage=1, margins=None):
-    """step(x, y): trains on one batch by the settings s; returns the losses, (L,) or a scalar.
-    margins: of the layers, if not by the settings and the model's depth."""
+def make_step(s, model, optimizers, augment, generator, stage=1):
+    """step(x, y): trains on one batch by the settings s; returns the losses, (L,) or a scalar."""
     ff = partial(ff_step, model, optimizers, augment=augment, generator=generator)
     of_views = dict(augment=augment, temperature=s["temperature"], views=s["views"])
-    cff = partial(cff_step, model, optimizers, margins=margins or layer_margins(s, model),
-                  **of_views)
+    cff = partial(cff_step, model, optimizers, margins=layer_margins(s, model), **of_views)
     steps = {
         "cff": cff, "cffm": cff,
         "ff": partial(ff, loss=partial(ff_loss, threshold=s["threshold"])),

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,12 +121,13 @@ class Segment:
 def take_part(s, facts, model, optimizers, augment, generator=None):
     """This process's part in training a model by settings s on data of these facts: its `Segment`,
     its layers' optimizers and step(x, y), to which a later process gives y in place of x."""
-    margins = train.layer_margins(s, model)                     # before the model is cut
+    margins = train.layer_margins(s, model)
     segment = Segment(model, facts["image_shape"], s["views"])
     optimizers = optimizers[segment.place]
     augment = (lambda y: y) if segment.rank > 0 else augment
-    step = train.make_step(s, segment, optimizers, augment, generator,
-                           margins=margins[segment.place])
+    step = train.make_step(s, segment, optimizers, augment, generator)
+    if model.labels is None:            # its margins were those of a model of the segment's depth
+        step = partial(step, margins=margins[segment.place])
     return segment, optimizers, step
 
 

@@ -502,6 +502,8 @@ def test_a_setting_comes_from_what_is_typed_then_the_data_set_then_the_recipe():
     symba = settings_of("--dataset", "mnist", "--algo", "symba", "--recipe", "mlp")
     names = ("alpha", "lr", "epochs", "model")
     assert [symba[name] for name in names] == [4, 0.1, 40, "mlp-500-3"]
+    table1 = settings_of("--dataset", "cifar10", "--recipe", "mlp")
+    assert table1["model"] == "mlp-800-4", "not a ViT by an MLP's rates"
 
 
 def test_a_path_is_what_people_type(monkeypatch, tmp_path, capsys):

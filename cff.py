@@ -26,7 +26,7 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
     """Train every layer on one batch by Algorithm 1, left; returns the losses, (L,).
 
     margins: a float for each layer; all 0 is CFF (Eq. 3), `losses.margins` gives those of CFF+M
-    (Eq. 15). views=1 is one-forward, Table 6. Raises ValueError as the loss.
+    (Eq. 15). views: 2, or 1 for one-forward, Table 6. Raises ValueError as the loss.
     """
     if views == 1:
         return one_forward_step(model, optimizers, x, y, augment, margins, temperature)
@@ -110,7 +110,10 @@ def collab_step(model, optimizers, x, y, augment, threshold=2.0, generator=None)
 
 
 def wrong_labels(y, num_classes, generator=None):
-    """For each label of y (B,) one of the other classes, all equally likely: (B,), never y."""
+    """For each label of y (B,) one of the other classes, all equally likely: (B,), never y.
+
+    generator: what they are drawn from, on the CPU; the same seed gives the same labels.
+    """
     shift = torch.randint(1, num_classes, y.shape, generator=generator)
     return (y + shift.to(y.device, non_blocking=True)) % num_classes
 
@@ -136,8 +139,9 @@ def layer_goodness(model, images, y):
 def encode(model, images, y=None):
     """Each layer's pooled output: images (B, C, height, width), labels y (B,) -> L tensors (B, E).
 
-    Nothing is detached here. Without y the model gets images alone, or the neutral label if it
-    takes labels (Table 2).
+    Nothing is detached here, but a `vit.LocalLossLayer` detaches: bp_step and scl_step want a model
+    built without. Without y the model gets images alone, or the neutral label if it takes labels
+    (Table 2).
     """
     if y is None and model.labels is not None:
         y = torch.full((len(images),), -1, device=images.device)

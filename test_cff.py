@@ -639,6 +639,19 @@ def test_patches_put_back_together_are_the_image():
                                                   "by row")
 
 
+def test_section_3_4_attention_is_torchs():
+    theirs = torch.nn.MultiheadAttention(12, 3, batch_first=True)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p)                        # torch starts with biases of 0
+    ours, old = vit.Attention(12, 3), theirs.state_dict()
+    ours.load_state_dict({new + kind: old[name + kind] for name, new in
+                          (("in_proj_", "qkv."), ("out_proj.", "out."))
+                          for kind in ("weight", "bias")})
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    expected, _ = theirs.double()(x, x, x)
+    close(ours.double()(x), expected, "Sec. 3.4, MSA, as torch.nn.MultiheadAttention")
+
+
 # names of torch.nn.TransformerEncoderLayer's parameters: ours
 TORCHS = {"self_attn.in_proj_": "attention.qkv.", "self_attn.out_proj.": "attention.out.",
           "linear1.": "mlp.0.", "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}

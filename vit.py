@@ -91,64 +91,6 @@ class EncoderLayer(nn.Module):
         return self.mlp(self.norm2(z)) + z                      # f = MLP(LN(z)) + z
 
 
-class LocalLossLayer(EncoderLayer):
-    """An EncoderLayer trained by a loss of pool(f) alone: equal but for rounding, with less work.
-
-    Where gradients are asked for, f comes without a graph and f.pooled, (B, E), with one; of the
-    last layer, whose f no layer reads, pool(f) comes as (B, 1, E). W2's backward pass has a row an
-    image, and from layer 2 on none goes through W_qkv to LN(x). pooling: "mean" or "token".
-    """
-
-    def __init__(self, embed_dim, num_heads, pooling, is_last):
-        super().__init__(embed_dim, num_heads)
-        self.pooling, self.is_last = pooling, is_last
-
-    def forward(self, x):
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        qkv, norm, (first, gelu, second) = self.attention.qkv, self.norm1, self.mlp
-        if x.requires_grad:                                     # layer 1: the embedding's output
-            z = self.attention(norm(x)) + x
-        else:       # LN(x) W^T + b = x_hat (W diag(g))^T + (b + W beta)
-            x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
-            z = self.attention.attend(F.linear(x_hat, qkv.weight * norm.weight,
-                                               qkv.bias + qkv.weight @ norm.bias)) + x
-        u = gelu(first(self.norm2(z)))
-        # pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)
-        pooled = second(pool(u, self.pooling)) + pool(z, self.pooling)
-        if self.is_last:
-            return pooled[:, None]
-        with torch.no_grad():
-            f = second(u) + z
-        f.pooled = pooled
-        return f
-
-
-def pool(h, kind):
-    """(B, T, E) -> (B, E) by "mean" or "token"; a sum, as a mean's backward pass makes T rows."""
-    return h.sum(dim=1) / h.shape[1] if kind == "mean" else h[:, 0]
-
-
-# ------------------------------------------------------------------------ labels as inputs (Fig. 2)
-
-def label_table(num_classes, size, one_hot=False):
-    """What stands for each class at the input, (classes + 1, size): Fig. 2b's one-hot or random.
-
-    The last row, which y = -1 finds, is the neutral label: zeros.
-    """
-    table = torch.eye(num_classes, size) if one_hot else torch.randn(num_classes, size)
-    return torch.cat([table, torch.zeros(1, size)])
-
-
-def label_rows(labels, y):
-    """Rows of a model's label table for y (B,), None for none; ValueError if one is missing."""
-    if labels is None and y is not None:
-        raise ValueError("this model was built without labels: it takes images alone")
-    if labels is not None and y is None:
-        raise ValueError("this model was built with labels: it takes images and y, -1 for neutral")
-    return None if y is None else labels[y]
-
-
 # ------------------------------------------------------------------------------------ the models
 
 class PatchEmbedding(nn.Module):
@@ -191,7 +133,9 @@ class ViT(nn.Module):
             raise ValueError(f'labels of a ViT must be None or "patch"; got {labels!r}')
         self.num_classes, self.patch_size, self.pooling = num_classes, patch_size, pool
         _, num_tokens, patch_dim = patchify(torch.zeros(1, *image_shape), patch_size).shape
-        self.register_buffer("labels", label_table(num_classes, patch_dim) if labels else None)
+        self.register_buffer("labels", None)
+        if labels:
+            self.labels = F.pad(torch.randn(num_classes, patch_dim), (0, 0, 0, 1))
         embedding = PatchEmbedding(patch_dim, num_tokens + bool(labels), embed_dim,
                                    pool == "token", position_std)
         self.layers = nn.ModuleList(
@@ -207,7 +151,7 @@ class ViT(nn.Module):
 
     def pool(self, h):
         """A layer's output, one vector an image: (B, T, E) -> (B, E). Eq. 13: 1/T sum_j f_ij."""
-        return h.pooled if hasattr(h, "pooled") else pool(h, self.pooling)  # of a LocalLossLayer
+        return h.pooled if hasattr(h, "pooled") else pool_tokens(h, self.pooling)
 
 
 class MLP(nn.Module):
@@ -215,7 +159,7 @@ class MLP(nn.Module):
 
     labels: None; "one-hot": the label of y replaces the first pixels (FF and Collab, Fig. 2b);
     "random": a random, fixed vector of D numbers for each class follows the pixels (SymBa, Fig. 2c
-    and Eq. 4). Raises ValueError for other labels, and for more classes than D.
+    and Eq. 4). Raises ValueError for other labels, and for more one-hot ones than D.
     """
 
     def __init__(self, image_shape, num_classes, embed_dim, num_layers, labels=None):
@@ -223,13 +167,14 @@ class MLP(nn.Module):
         D = torch.Size(image_shape).numel()
         if labels not in (None, "one-hot", "random"):
             raise ValueError(f'labels of an MLP: None, "one-hot" or "random"; got {labels!r}')
-        if num_classes > D:
+        if labels == "one-hot" and num_classes > D:
             raise ValueError(f"{num_classes} classes do not fit into an image of {D} numbers")
         self.num_classes, self.one_hot = num_classes, labels == "one-hot"
         self.register_buffer("labels", None)
         if labels:
-            table = label_table(num_classes, num_classes if self.one_hot else D, self.one_hot)
-            self.labels = (D / num_classes) ** 0.5 * F.normalize(table)     # an image: sqrt(D) long
+            table = torch.eye(num_classes) if self.one_hot else torch.randn(num_classes, D)
+            table = (D / num_classes) ** 0.5 * F.normalize(table)       # an image: sqrt(D) long
+            self.labels = F.pad(table, (0, 0, 0, 1))
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(*sizes), nn.ReLU())
                                     for sizes in zip(widths, widths[1:]))
@@ -249,6 +194,17 @@ class MLP(nn.Module):
     def pool(self, h):
         """(B, E) -> (B, E): one vector an image already."""
         return h
+
+
+def label_rows(labels, y):
+    """What stands at the input for y (B,), -1 for the neutral label, zeros; None without labels.
+
+    Raises ValueError if labels come to a model that takes none, or do not where it takes them.
+    """
+    if (labels is None) != (y is None):
+        raise ValueError("a model built without labels takes images alone, one built with labels "
+                         "takes images and y, -1 for neutral")
+    return None if y is None else labels[y]
 
 
 def linear_head(embed_dim, num_layers, num_classes, labels):
@@ -275,3 +231,43 @@ def build_model(name, image_shape, num_classes, labels=None, **options):
                          f"got {name!r}")
     model = ViT if kind == "vit" else MLP
     return model(image_shape, num_classes, *map(int, sizes), labels=labels, **options)
+
+
+# ------------------------------------------- the same by less work (not in the paper; README)
+
+class LocalLossLayer(EncoderLayer):
+    """An EncoderLayer trained by a loss of pool(f) alone: equal but for rounding, with less work.
+
+    Where gradients are asked for, f comes without a graph and f.pooled, (B, E), with one; of the
+    last layer, whose f no layer reads, pool(f) comes as (B, 1, E). W2's backward pass has a row an
+    image, and from layer 2 on none goes through W_qkv to LN(x). pooling: "mean" or "token".
+    """
+
+    def __init__(self, embed_dim, num_heads, pooling, is_last):
+        super().__init__(embed_dim, num_heads)
+        self.pooling, self.is_last = pooling, is_last
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        qkv, norm, (first, gelu, second) = self.attention.qkv, self.norm1, self.mlp
+        if x.requires_grad:                                     # layer 1: the embedding's output
+            z = self.attention(norm(x)) + x
+        else:       # LN(x) W^T + b = x_hat (W diag(g))^T + (b + W beta)
+            x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+            z = self.attention.attend(F.linear(x_hat, qkv.weight * norm.weight,
+                                               qkv.bias + qkv.weight @ norm.bias)) + x
+        u = gelu(first(self.norm2(z)))
+        # pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)
+        pooled = second(pool_tokens(u, self.pooling)) + pool_tokens(z, self.pooling)
+        if self.is_last:
+            return pooled[:, None]
+        with torch.no_grad():
+            f = second(u) + z
+        f.pooled = pooled
+        return f
+
+
+def pool_tokens(h, kind):
+    """(B, T, E) -> (B, E) by "mean" or "token"; a sum, as a mean's backward pass makes T rows."""
+    return h.sum(dim=1) / h.shape[1] if kind == "mean" else h[:, 0]

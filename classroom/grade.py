@@ -63,7 +63,7 @@ TASKS = {       # number: (paper, what to write, the tests that grade it, simple
          "test_algorithm1_right_line_by_line", "test_ff_symba_and_collab_are_local"]),
     9: ("Sec. 3.4", [(vit, "patchify"), (vit, "Attention"), (vit, "EncoderLayer")],
         ["test_patches_put_back_together_are_the_image",
-         "test_section_3_4_encoder_layer_is_torchs"]),
+         "test_section_3_4_attention_is_torchs", "test_section_3_4_encoder_layer_is_torchs"]),
     10: ("Figs. 4a and 8", [(losses, "margins"), (pipeline, "longest_chain")],
          ["test_fig4a_margins", "test_fig8_longest_chain_by_hand"]),
     11: ("the mean of Eq. 13, by less work", [(pooled, "pooled_output")],

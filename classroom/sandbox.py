@@ -289,7 +289,7 @@ class Grader:
         """What went wrong: the test's words, or which line of the student's code raised what."""
         error, where = call.excinfo.value, self.where(call.excinfo)
         if isinstance(error, AssertionError) and not where:
-            return str(error).split("\nassert")[0]
+            return str(error).split("\nassert")[0] + f" (in {item.name})"
         words = " ".join(str(error).split())[:300]
         where = where or "what your code gave"
         return f"{where} raised {type(error).__name__}: {words} (in {item.name})"

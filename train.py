@@ -91,6 +91,7 @@ RECIPES = {         # found here (experiments/README.md); with a method's name w
                   position_std=0.02, schedule="cosine", head_lr=0.005),
     "short bp": dict(lr=0.002),
     "tenth": dict(model="vit-64-4-4", limit=5000, epochs=200, batch_size=128),
+    "tenth scl": dict(lr=0.001),
     "mlp": dict(model="mlp-800-4", epochs=30, head_epochs=10, batch_size=128, temperature=0.07,
                 lr=0.002, warmup=100, schedule="cosine", head_lr=0.005),
     "mlp ff": FF_ON_MLP, "mlp collab": FF_ON_MLP, "mlp symba": dict(FF_ON_MLP, lr=0.1, alpha=4.0),

@@ -421,6 +421,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.runs) + bool(args.margins) + args.show_views != 1:
         parser.error("name the folders of runs, or say one of --margins and --show-views")
+    if args.layers and (args.figure or args.markdown):
+        parser.error("--layers goes without --figure and --markdown: layers.png is in each folder")
     folders = [folder for name in args.runs for folder in sorted(glob.glob(name)) or [name]]
     try:
         if args.margins:

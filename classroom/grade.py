@@ -219,4 +219,7 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):             # a console may lack letters of a name
         stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # a time limit's stop is a Ctrl-C
-    raise SystemExit(grade(sys.argv[1:]))
+    try:
+        raise SystemExit(grade(sys.argv[1:]))
+    except KeyboardInterrupt:
+        raise SystemExit(130)

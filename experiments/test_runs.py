@@ -697,6 +697,7 @@ def test_fig5_numbers_stand_without_pictures(finished, capsys, monkeypatch):
     _, positive, negative = evaluation.three_images(first, y)
     assert rows[1]["Cosine to the positive"] == pytest.approx((f[0] @ f[positive]).item(), abs=1e-6)
     assert rows[1]["to the negative"] == pytest.approx((f[0] @ f[negative]).item(), abs=1e-6)
+    assert run_eval(finished / "m2", "--layers", "--figure", "a.png") == 2, "it is layers.png"
     assert run_eval("--margins", 0.4, 0.1, 3) == 2
     assert "linear      0.400 0.250 0.100" in capsys.readouterr().out
 

@@ -266,7 +266,7 @@ def show_speed(record):
                      f"{row['ratio']:.2f}", f"{row['gigaflop']:.0f}", f"{row['share']:.0%}",
                      *memory])
     print_table(rows, markdown=True)
-    print("\nTwo views take {time:.2f} of the plain step's time: its operations in their time are "
+    print("\nTwo views take {time:.2f} of the plain step's time, as if its operations ran at "
           "{rate:.0%} of that rate.".format(**record["short_cut"]))
     print("\nAugmenting a batch, and the same image by image in a DataLoader with two processes:\n")
     rows = [["Augmentation", "ms a batch", "Share of a step of 2 views", "Images/s",

@@ -5,10 +5,10 @@
                 patches (B, T, D/#P), then what the layer before gave, (B, T, E), detached
     f1, f2, f   what layer l makes of them; f both, pooled and joined, (2B, E)
 
-Behind a line of code stands the line of Algorithm 1 that it is. T is #P, with a label patch #P + 1.
-One call is one batch, and returns losses without a graph. Models come from vit.py; `optimizers`
-holds one optimizer for each layer, so that no update can reach another layer; `augment` makes of
-images one augmented view, drawn anew at each call.
+At the right stand Algorithm 1's lines, in its order, with Eq. 13 put in. T is #P, with a label
+patch #P + 1. One call is one batch, and returns losses without a graph. Models come from vit.py;
+`optimizers` holds one optimizer for each layer, so that no update can reach another layer;
+`augment` makes of images one augmented view, drawn anew at each call.
 
     >>> optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.004) for layer in model.layers]
     >>> m = margins(0.4, 0.1, len(model.layers))
@@ -140,7 +140,7 @@ def encode(model, images, y=None):
     """Each layer's pooled output: images (B, C, height, width), labels y (B,) -> L tensors (B, E).
 
     Nothing is detached here, but a `vit.LocalLossLayer` detaches: bp_step and scl_step want a model
-    built without. Without y the model gets images alone, or the neutral label if it takes labels
+    without it. Without y the model gets images alone, or the neutral label if it takes labels
     (Table 2).
     """
     if y is None and model.labels is not None:
@@ -175,7 +175,7 @@ def features(model, images):
 def head_step(model, optimizer, x, y, augment):
     """Stage 2: train the linear head on one batch, the encoder frozen; returns the loss."""
     with torch.no_grad():
-        f = features(model, augment(x))                 # no gradient reaches the encoder
+        f = features(model, augment(x))
     return update(optimizer, cross_entropy(model.head(f), y))
 
 
@@ -198,7 +198,7 @@ def predict(model, images, algo, head=False):
     if head or not by_goodness:
         return model.head(features(model, images))
     scores = []
-    for c in range(model.num_classes):                  # a pass for each class
+    for c in range(model.num_classes):
         y = torch.full((len(images),), c, device=images.device)
         scores.append(layer_goodness(model, images, y).sum(dim=0))
     return torch.stack(scores, dim=1)

@@ -5,7 +5,7 @@
     python eval.py runs/* [--markdown]              a row a run, or a group of seeds
     python eval.py runs/* --figure curves.png       accuracy against what varies (Figs. 4b, 7)
     python eval.py --margins 0.4 0.1 8              Fig. 4a, margins.png
-    python eval.py --show-views --dataset cifar10   images as the network gets them, views.png
+    python eval.py --show-views --dataset cifar10   augmented images, views.png
 
 A run's folder holds all that is needed. Pictures need matplotlib, t-SNE scikit-learn.
 """
@@ -80,7 +80,7 @@ def read_record(folder):
         config, result = (json.loads((folder / file).read_text()) for file in files)
         record = Record(folder.name, DEFAULTS | config["settings"], result, read_log(folder),
                         config["data"]["images"])
-        record.accuracy("test"), record.log[0]["seconds"]       # raises what is missing
+        record.accuracy("test"), record.log[0]["seconds"]       # an error, if one is missing
     except (OSError, ValueError, LookupError, TypeError) as reason:
         raise OSError(f"{folder}: no run that can be read ({type(reason).__name__})")
     return record
@@ -102,7 +102,7 @@ def read_groups(folders):
 
 
 def essential(record):
-    """The settings without those that say only where, how said, and with which seed."""
+    """The settings but for the seed, the places of run and data, device and the recipe's name."""
     where = ("seed", "out", "data_dir", "device", "recipe")
     return {name: record.settings[name] for name in SETTINGS if name not in where}
 
@@ -180,7 +180,8 @@ def show_layers(folder, data_dir=None):
     features, losses, rows = layer_features(run, images), choosing_losses(run.settings, log), []
     best, three = log[losses.index(min(losses))], three_images(normalize(features[0]), y)
     for l, f in enumerate(features, start=1):
-        s = normalize(f[three]) @ normalize(f[three[0]], dim=0)
+        chosen = normalize(f[three])
+        _, to_positive, to_negative = (chosen @ chosen[0]).tolist()
         fisher = fisher_criterion(f, y)
         rows.append({
             "Layer": l, "Fisher": fisher,
@@ -188,7 +189,7 @@ def show_layers(folder, data_dir=None):
             "Train loss": best.get(f"train_loss_{l}"), "Val loss": best.get(f"val_loss_{l}"),
             "Train |R|/|P|": best.get(f"train_saturated_{l}"),
             "Val |R|/|P|": best.get(f"val_saturated_{l}"),
-            "Cosine to the positive": s[1].item(), "to the negative": s[2].item()})
+            "Cosine to the positive": to_positive, "to the negative": to_negative})
     print(f"{folder}: {len(y)} validation images in {features[0].shape[1]} dimensions; losses and "
           f"|R|/|P| of epoch {best['epoch']:.0f}")
     print_table([list(rows[0])] + [[f"{x:.3f}" if isinstance(x, float) else x or "-"
@@ -303,7 +304,8 @@ def show_table(folders, markdown=False):
             "Converged": spread([epochs_to_convergence(s, log) for log in logs], 0),
             "s/epoch": spread([statistics.median(row["seconds"] for row in log) for log in logs])})
     for (dataset, _, _), rows in tables.items():
-        same = [column for column in list(rows[0])[2:10] if len({row[column] for row in rows}) == 1]
+        shared = list(rows[0])[2:10]                                # "Model" to "Wrong"
+        same = [column for column in shared if len({row[column] for row in rows}) == 1]
         said = [f"{column.lower()} {rows[0][column]}" for column in same]
         print(f"In all rows: {', '.join(said)}, metric {METRIC.get(dataset, 'top1')}\n")
         columns = [column for column in rows[0] if column not in same]
@@ -367,7 +369,10 @@ def draw_runs(folders, path):
     groups = read_groups(folders)
     varied, s = what_varies(groups), groups[0][0].settings
     figure, axis = pyplot().subplots(figsize=(8.5, 4.5), layout="constrained")
-    draw_by_setting(axis, groups, varied) if varied else draw_by_epoch(axis, groups)
+    if varied:
+        draw_by_setting(axis, groups, varied)
+    else:
+        draw_by_epoch(axis, groups)
     axis.set_title(", ".join(s[name] for name in ("dataset", "model", "augment") if name != varied))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper")

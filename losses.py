@@ -81,8 +81,8 @@ def _size(P):
 
 
 def _mean_over_anchors(L_i, P):
-    """The mean of L_i (2B,) over the rows that have a positive; if none has, ValueError, or nan on
-    a GPU, whose answer would have to be waited for."""
+    """The mean of L_i (2B,) over the rows that have a positive; if none has, ValueError, but on a
+    GPU nan: to ask there would make every batch wait."""
     anchors = P.any(dim=1)
     if anchors.device.type == "cpu" and not anchors.any():
         raise ValueError("no row has a positive: every class occurs once in this batch; "
@@ -130,11 +130,11 @@ def marginal_contrastive_loss(f, y, margin, temperature=0.15):
     _check(f, y, temperature, margin)
     P, N = _sets(y)
     s = f @ f.T                                                                         # (2B, 2B)
-    # Eq. 14: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(Q_ip/tau) / Z_i ), where Q_ip = s_ip
-    # Eq. 15: Q_ip = min(s_ip + m, 1)
+    # Eq. 15: Q_ip = min(s_ip + m, 1); in Eq. 14 it is s_ip
     Q = _Q(s, margin)
-    # Eq. 17 (A.1): L_i = -1/|P(i)| sum_{p in P(i)} Q_ip/tau + log Z_i, where
+    # Eq. 14: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(Q_ip/tau) / Z_i ), where
     #   Z_i = sum_{p' in P(i)} exp(Q_ip'/tau) + sum_{n in N(i)} exp(s_in/tau)
+    # Eq. 17 (A.1): L_i = -1/|P(i)| sum_{p in P(i)} Q_ip/tau + log Z_i
     log_Z = _log_sum_exp(torch.where(P, Q, s) / temperature, P | N)     # Q on P(i), s on N(i)
     L_i = -(Q / temperature * P).sum(dim=1) / _size(P) + log_Z
     return _mean_over_anchors(L_i, P)                       # Eq. 16: L = sum_i L_i, here the mean
@@ -155,7 +155,7 @@ def saturated(f, y, margin):
 def _around(f, y, i, margin, temperature):
     """What the equations need of anchor i: s_i (2B,), the masks P, N, R, Rc (2B,) and Z_i.
 
-    As printed: exp(1/tau) must be a number, tau > 0.012 in float32.
+    Computed as printed, without logsumexp: exp(1/tau) must be finite, tau > 0.012 in float32.
     """
     _check(f, y, temperature, margin)
     P, N = (mask[i] for mask in _sets(y))
@@ -226,8 +226,8 @@ def marginal_contrastive_grad(f, y, margin, temperature):
     exponents = torch.where(P, _Q(s, margin), s) / temperature
     softmax = exponents.masked_fill(~(P | N), -math.inf).softmax(dim=1)         # exp(...) / Z_i
     dL_ds = (softmax - P.to(f) / _size(P)[:, None]) / temperature
-    # and 0 for j in R(i), where Q is constant, for j = i, and for an anchor without positives
-    D = torch.where((P | N) & ~saturated(f, y, margin) & P.any(dim=1, keepdim=True), dL_ds, 0)
+    # and 0 for j in R(i), where Q is constant, and for an anchor without positives
+    D = torch.where(~saturated(f, y, margin) & P.any(dim=1, keepdim=True), dL_ds, 0)
     return (D + D.T) @ f
 
 

@@ -85,8 +85,8 @@ BY_DATASET = {
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
 FF_ON_MLP = dict(lr=0.2, weight_decay=0.0, epochs=40)
-RECIPES = {         # found here (experiments/README.md); with a method's name what it has instead
-    "none bp": dict(lr=0.0005),
+RECIPES = {         # found here (experiments/README.md); "RECIPE METHOD": what it has instead
+    "none bp": dict(lr=0.0005),                                     # the authors' code's
     "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, warmup=80,
                   position_std=0.02, schedule="cosine", head_lr=0.005),
     "short bp": dict(lr=0.002),
@@ -108,7 +108,7 @@ def train(run):
     s, state = run.settings, run.state
     while state["stage"] <= stages(s):
         step = make_step(s, run.model, run.optimizers, run.augment, run.generator, state["stage"])
-        for epoch in range(state["epoch"], s["epochs" if state["stage"] == 1 else "head_epochs"]):
+        while state["epoch"] < s["epochs" if state["stage"] == 1 else "head_epochs"]:
             start, total, n = time.time(), 0, 0
             for x, y in batches(run):
                 losses = step(x, y)                     # (L,); SCL's, BP's and the head's a scalar
@@ -172,12 +172,12 @@ def plan(run):
     while not parts:                                    # another order, if no batch has a pair
         order = torch.randperm(len(y), generator=run.generator)
         parts = cut(order.to(y.device), y, s, stage)
-    steps = math.ceil(len(y) / s["batch_size"])
+    per_epoch = math.ceil(len(y) / s["batch_size"])
     for i, rows in enumerate(parts):
-        step = run.state["epoch"] * steps + i
-        rate = base * min(1, (step + 1) / (warmup + 1))
+        t = run.state["epoch"] * per_epoch + i          # this update's number, from 0
+        rate = base * min(1, (t + 1) / (warmup + 1))
         if s["schedule"] == "cosine":
-            rate *= (1 + math.cos(math.pi * step / (epochs * steps))) / 2
+            rate *= (1 + math.cos(math.pi * t / (epochs * per_epoch))) / 2
         updates.append((rate, rows))
     return updates
 
@@ -191,12 +191,12 @@ def cut(order, y, s, stage=1):
 
 
 def validate(run):
-    """The mean losses, (L,) or a scalar, of training steps on validation data that move no weight:
-    so no loss is written twice. The same draws every epoch."""
+    """The mean losses, (L,) or a scalar, on validation data: of training steps whose optimizers do
+    nothing, so that no loss needs a second function. The same draws every epoch."""
     s, stage, (images, y), total = run.settings, run.state["stage"], run.val, 0
     here = run.generator.get_state()
     run.generator.manual_seed(s["seed"])
-    frozen = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)     # moves no weight
+    frozen = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
     step = make_step(s, run.model, len(run.model.layers) * [frozen], run.augment, run.generator,
                      stage)
     parts = cut(torch.arange(len(y), device=y.device), y, s, stage)
@@ -210,7 +210,7 @@ def end_epoch(run, train_loss, val_loss, start):
     """Write the epoch's row of the log, keep the weights if they are the best so far, and save."""
     state, L = run.state, len(run.model.layers)
     fit, val = train_loss.reshape(-1).tolist(), val_loss.reshape(-1).tolist()
-    layers = range(L + 1 - len(val), L + 1) if state["stage"] == 1 else ["head"]   # or L alone
+    layers = range(L + 1 - len(val), L + 1) if state["stage"] == 1 else ["head"]   # SCL, BP: L
     state["epoch"] += 1
     row = {"stage": state["stage"], "epoch": state["epoch"]}
     for name, losses in (("train_loss", fit), ("val_loss", val)):
@@ -254,9 +254,8 @@ def warn_if_crowded(run):
     torch.set_num_threads(threads)
 
 
-@torch.no_grad()
 def measure(run, most=3000):
-    """Columns of the log, by one plain pass over up to `most` training and validation images:
+    """Columns of the log, by a pass over up to `most` training and validation images as shipped:
     validation accuracy of a linear probe in %; with margins each layer's |R|/|P| (Fig. 5)."""
     m, row, seen = layer_margins(run.settings, run.model), {}, []
     for part, (images, y) in (("train", run.train), ("val", run.val)):
@@ -278,7 +277,7 @@ def layer_features(run, images):
 
 def probe(f, y, test_f, test_y, num_classes):
     """Accuracy in % on test_f of a linear classifier fitted to f (n, E), y (n,), least squares."""
-    f, y, test_f, test_y = (t.cpu() for t in (f, y, test_f, test_y))    # not all have float64
+    f, y, test_f, test_y = (t.cpu() for t in (f, y, test_f, test_y))    # MPS has no float64
     X, test_X = (pad(f, (0, 1), value=1).double() for f in (f, test_f))         # (n, E + 1)
     ridge = 1e-6 * X.square().sum() * torch.eye(X.shape[1], dtype=X.dtype)
     W = torch.linalg.solve(X.T @ X + ridge, X.T @ one_hot(y, num_classes).double())
@@ -426,7 +425,7 @@ def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
 
 
 def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
-    """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised. kind: --augment
+    """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised. kind: --augment.
     What is random is drawn on the CPU, so it is the same on every device."""
     mean, std, size = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
 
@@ -476,7 +475,7 @@ class Run:
                       "std": std, "images": [len(labels) for _, labels in parts]}
         torch.manual_seed(s["seed"])
         self.model = make_model(s, self.facts).to(self.device)
-        layer_margins(s, self.model)                        # margins that cannot be end here
+        layer_margins(s, self.model)                        # ValueError for impossible margins
         self.optimizers = make_optimizers(self.model, s)
         self.generator = torch.Generator().manual_seed(s["seed"])
         self.augment, self.normalise = (
@@ -575,15 +574,16 @@ def make_model(s, facts):
         options = {name: s[name] for name in ("patch_size", "pool", "position_std")}
         options["local_loss"] = not s["plain"] and s["algo"] not in ("scl", "bp")
     model = build_model(s["model"], facts["image_shape"], facts["num_classes"], labels, **options)
-    for layer in model.layers if s["precision"] == "bf16" else ():
-        layer.forward = partial(in_bf16, layer.forward)
+    if s["precision"] == "bf16":
+        for layer in model.layers:
+            layer.forward = partial(in_bf16, layer.forward)
     return model
 
 
 def in_bf16(forward, x):
     """A layer's forward with products in bfloat16; weights, its output and losses are float32."""
     with torch.autocast(x.device.type, torch.bfloat16):
-        return forward(x).float()           # of an MLP; a ViT's is float32, so .pooled stays
+        return forward(x).float()           # a ViT's is float32: the same tensor, with .pooled
 
 
 def read(path, *names):
@@ -616,8 +616,8 @@ def write(path, content):
 
 def defaults(dataset, algo, recipe=None):
     """The settings where nothing else is typed; without a recipe, by the data set's."""
-    def of(recipe):
-        return {**RECIPES.get(recipe, {}), **RECIPES.get(f"{recipe} {algo}", {})}
+    def of(name):
+        return {**RECIPES.get(name, {}), **RECIPES.get(f"{name} {algo}", {})}
     own = BY_DATASET.get(dataset, {})
     recipe = recipe or own.get("recipe", "none")
     return {**DEFAULTS, **of("none"), **of(recipe), **own,
@@ -649,8 +649,6 @@ def parse(argv=None):
         others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in known]
         s["out"] = "runs/" + "-".join([*(s[name] for name in known[:3]), *others, f"s{s['seed']}"])
     folder = Path(s["out"])
-    if s["head"] and s["algo"] not in WITH_LABELS:
-        parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
     if not resume and (folder / "config.json").exists():
         parser.error(f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if resume:
@@ -662,6 +660,8 @@ def parse(argv=None):
         if others:
             parser.error(f"--resume keeps the run's settings: {', '.join(others)} cannot change")
         s |= typed
+    if s["head"] and s["algo"] not in WITH_LABELS:
+        parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
     return s | {"out": str(folder)}, resume
 
 

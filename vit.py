@@ -133,9 +133,8 @@ class ViT(nn.Module):
             raise ValueError(f'labels of a ViT must be None or "patch"; got {labels!r}')
         self.num_classes, self.patch_size, self.pooling = num_classes, patch_size, pool
         _, num_tokens, patch_dim = patchify(torch.zeros(1, *image_shape), patch_size).shape
-        self.register_buffer("labels", None)
-        if labels:
-            self.labels = F.pad(torch.randn(num_classes, patch_dim), (0, 0, 0, 1))
+        table = F.pad(torch.randn(num_classes, patch_dim), (0, 0, 0, 1)) if labels else None
+        self.register_buffer("labels", table)           # its last row, zeros: the neutral label
         embedding = PatchEmbedding(patch_dim, num_tokens + bool(labels), embed_dim,
                                    pool == "token", position_std)
         self.layers = nn.ModuleList(
@@ -174,7 +173,7 @@ class MLP(nn.Module):
         if labels:
             table = torch.eye(num_classes) if self.one_hot else torch.randn(num_classes, D)
             table = (D / num_classes) ** 0.5 * F.normalize(table)       # an image: sqrt(D) long
-            self.labels = F.pad(table, (0, 0, 0, 1))
+            self.labels = F.pad(table, (0, 0, 0, 1))                    # row -1: the neutral label
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(*sizes), nn.ReLU())
                                     for sizes in zip(widths, widths[1:]))
@@ -197,7 +196,7 @@ class MLP(nn.Module):
 
 
 def label_rows(labels, y):
-    """What stands at the input for y (B,), -1 for the neutral label, zeros; None without labels.
+    """The rows of labels for y (B,), None without; y = -1 is the neutral label, the last row.
 
     Raises ValueError if labels come to a model that takes none, or do not where it takes them.
     """
@@ -269,5 +268,5 @@ class LocalLossLayer(EncoderLayer):
 
 
 def pool_tokens(h, kind):
-    """(B, T, E) -> (B, E) by "mean" or "token"; a sum, as a mean's backward pass makes T rows."""
+    """(B, T, E) -> (B, E) by "mean" or "token"; a sum, as mean's backward writes out T rows."""
     return h.sum(dim=1) / h.shape[1] if kind == "mean" else h[:, 0]

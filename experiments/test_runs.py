@@ -375,6 +375,10 @@ def test_resume_refuses_another_setting_and_a_run_without_its_state(tmp_path, ca
     assert parse("--device", "auto", "--data-dir", "x")["data_dir"] == "x", "another machine"
     assert parse(*TINY, "--device", "auto")["limit"] == 225, "the run's own flags again"
     assert train.parse(["--resume", "--out", f"{out}/./"])[0]["out"] == str(out)
+    (tmp_path / "ff").mkdir()
+    ff = json.dumps({"settings": settings_of("--algo", "ff", "--head")})
+    (tmp_path / "ff" / "config.json").write_text(ff)
+    assert train.parse(["--resume", "--out", str(tmp_path / "ff"), "--head"])[0]["algo"] == "ff"
     for text in ("", "[1]", "{}"):
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / "config.json").write_text(text)

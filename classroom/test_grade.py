@@ -132,6 +132,8 @@ MISTAKES = [
     (7, cff, "cff_step", "x2 = f2.detach()", "x2 = f1.detach()"),       # one view for both
     (7, cff, "cff_step", "model.pool(f2)", "model.pool(f1)"),
     (7, cff, "cff_step", "x1, x2 = augment(x), augment(x)", "x1 = x2 = augment(x)"),
+    (7, cff, "cff_step", "x1, x2 = augment(x), augment(x)",             # x2 augmented twice
+     "x1 = augment(x)\n    x2 = augment(x1)"),
     (7, cff, "cff_step", "normalize(f)", "f"),
     (7, cff, "cff_step", "model.pool(f1), model.pool(f2)", "f1[:, 0], f2[:, 0]"),
     (7, cff, "cff_step", "model.pool(f1), model.pool(f2)",              # an MLP has no tokens

@@ -233,9 +233,9 @@ class Grader:
             self.say("refused", refused)
             os._exit(2)
         taken = {}
-        for name in [name for name in ANSWERS if name in vars(self.mine)]:
-            if is_taken(getattr(self.mine, name), name, blanks, self.file):
-                taken[name] = ANSWERS[name][0].__name__
+        for name, (module, _) in ANSWERS.items():
+            if is_taken(getattr(self.mine, name, None), name, blanks, self.file):
+                taken[name] = module.__name__
                 delattr(self.mine, name)
         self.say("taken", taken)
 
@@ -278,11 +278,11 @@ class Grader:
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if call.when == "call" or report.failed:
-            missing = call.excinfo and call.excinfo.errisinstance(NotImplementedError)
-            words = ""
-            if call.excinfo:
-                words = f"to do: {call.excinfo.value}" if missing else self.explain(item, call)
-            self.outcome = ["to do" if missing else report.outcome, words[:2000]]
+            self.outcome = [report.outcome, ""]
+            if call.excinfo and call.excinfo.errisinstance(NotImplementedError):
+                self.outcome = ["to do", f"to do: {call.excinfo.value}"[:2000]]
+            elif call.excinfo:
+                self.outcome[1] = self.explain(item, call)[:2000]
         return report
 
     def explain(self, item, call):

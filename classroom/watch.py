@@ -12,7 +12,6 @@ import queue
 import re
 import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +20,7 @@ import tokenize
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 START = 300         # seconds that a process may take before a student's code runs, importing torch
 LIVE = set()        # the processes that run
@@ -40,10 +40,9 @@ class Child:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                        "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1",
                        "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
         command = [sys.executable, Path(__file__).with_name("sandbox.py")]
-        self.process = subprocess.Popen(command, cwd=folder, env=environment, **pipes,
-                                        start_new_session=True)     # no effect on Windows
+        self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, cwd=folder,
+                             env=environment, start_new_session=True)   # no effect on Windows
         LIVE.add(self)
         self.printing = threading.Thread(target=self.keep_what_it_prints, daemon=True)
         self.printing.start()
@@ -159,7 +158,7 @@ def examine(path, only, seconds):
         verdict.refused = f"{type(reason).__name__}: {reason}"
         return verdict
     number = 0
-    while number is not None and not verdict.refused:
+    while number is not None:
         skip = [test for test, task in verdict.numbers.items()
                 if test in verdict.outcomes or task in stopped]
         job = {"name": Path(path).name, "path": str(Path(path).resolve()), "text": text,

@@ -57,12 +57,11 @@ class Segment:
         self.rank, L = dist.get_rank(), len(model.layers)
         mine = share(L, dist.get_world_size(), self.rank)
         self.place, self.is_last = slice(mine.start, mine.stop), mine.stop == L
-        self.layers, self.pool, self.cut = model.layers[self.place], model.pool, model.patches
+        self.layers, self.pool, self.patching = model.layers[self.place], model.pool, model.patches
         self.labels, self.num_classes = model.labels, model.num_classes
         self.device = next(model.parameters()).device
-        image, y = torch.zeros(1, *image_shape, device=self.device), None
-        if model.labels is not None:
-            y = torch.zeros(1, dtype=torch.long, device=self.device)
+        image = torch.zeros(1, *image_shape, device=self.device)
+        y = None if model.labels is None else torch.zeros(1, dtype=torch.long, device=self.device)
         with torch.no_grad():                                   # one image, between two layers
             self.shape = model.layers[0](model.patches(image, y)).shape[1:]     # (T, E) or (E,)
         # messages a batch, one a forward pass; FF has two, with the true and with wrong labels
@@ -97,7 +96,7 @@ class Segment:
     def patches(self, images, y=None):
         """The first layer's input: patches in the first process, in a later one a message."""
         if self.rank == 0:
-            return self.cut(images, y)
+            return self.patching(images, y)
         start, (request, h) = time.time(), self.coming.popleft()
         request.wait()
         self.note("receive", self.batch, start)
@@ -120,15 +119,15 @@ class Segment:
 
 def take_part(s, facts, model, optimizers, augment, generator=None):
     """This process's part in training a model by settings s on data of these facts: its `Segment`,
-    its layers' optimizers and step(x, y), to which a later process gives y in place of x."""
+    with its layers' optimizers, and step(x, y), to which a later process gives y in place of x."""
     margins = train.layer_margins(s, model)
     segment = Segment(model, facts["image_shape"], s["views"])
-    optimizers = optimizers[segment.place]
+    segment.optimizers = optimizers[segment.place]
     augment = (lambda y: y) if segment.rank > 0 else augment
-    step = train.make_step(s, segment, optimizers, augment, generator)
+    step = train.make_step(s, segment, segment.optimizers, augment, generator)
     if model.labels is None:            # its margins were those of a model of the segment's depth
         step = partial(step, margins=margins[segment.place])
-    return segment, optimizers, step
+    return segment, step
 
 
 # -------------------------------------------------------------------------- between the processes
@@ -152,7 +151,7 @@ def leave(status=0):
     os._exit(status)
 
 
-def stop(number, frame):
+def stop(*_):
     """Ctrl-C, or a queue's SIGTERM, in the first process: once, as torchrun sends more of them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
@@ -185,7 +184,7 @@ def gather(value):
 
 # --------------------------------------------------------------------------------------- training
 
-def train_epoch(segment, optimizers, step, planned, data=None):
+def train_epoch(segment, step, planned, data=None):
     """Train this process's layers on the batches of an epoch: (learning rate, rows of `data`), in a
     later process (learning rate, y). Returns, in the first process, what became of all's layers:
     a dict a process; None in the others."""
@@ -193,24 +192,24 @@ def train_epoch(segment, optimizers, step, planned, data=None):
     for i in segment.epoch([len(part) for _, part in planned]):
         rate, part = planned[i]
         x, y = (data[0][part], data[1][part]) if data else 2 * [part.to(segment.device)]
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+        for optimizer in segment.optimizers:
+            optimizer.param_groups[0]["lr"] = rate
         total += len(y) * step(x, y)
     layers = [(layer.state_dict(), optimizer.state_dict())
-              for layer, optimizer in zip(segment.layers, optimizers)]
+              for layer, optimizer in zip(segment.layers, segment.optimizers)]
     return gather({"total": total, "layers": layers, "trace": segment.trace})
 
 
 def train_encoder(run):
-    """Stage 1 of `train.train` from where `run` stands, by all processes; in the first of them."""
+    """Stage 1 of `train.train` from where `run` stands, by all processes: the first one's part."""
     s, y = run.settings, run.train[1]
     states = [optimizer.state_dict() for optimizer in run.optimizers]
     broadcast((s, run.facts, run.device.type, run.model.state_dict(), states))
-    part = take_part(s, run.facts, run.model, run.optimizers, run.augment, run.generator)
-    for epoch in range(run.state["epoch"], s["epochs"]):
+    segment, step = take_part(s, run.facts, run.model, run.optimizers, run.augment, run.generator)
+    while run.state["epoch"] < s["epochs"]:
         start, planned = time.time(), train.plan(run)
         broadcast([(rate, y[rows]) for rate, rows in planned])
-        parts = train_epoch(*part, planned, run.train)
+        parts = train_epoch(segment, step, planned, run.train)
         layers = [layer for each in parts for layer in each["layers"]]
         for l, (weights, state) in enumerate(layers):
             run.model.layers[l].load_state_dict(weights)
@@ -228,17 +227,18 @@ def assist():
         s, facts, device, weights, states = told
         model = train.make_model(s, facts).to(device)
         model.load_state_dict(weights)
-        part = take_part(s, facts, model, train.make_optimizers(model, s), None)
-        for optimizer, state in zip(part[1], states[part[0].place]):
+        segment, step = take_part(s, facts, model, train.make_optimizers(model, s), None)
+        for optimizer, state in zip(segment.optimizers, states[segment.place]):
             optimizer.load_state_dict(state)
         del told, weights, states
         while (planned := broadcast()) is not None:
-            train_epoch(*part, planned)
+            train_epoch(segment, step, planned)
 
 
 def write_trace(folder, trace):
     """Write `Segment.trace` of all processes to trace.csv, counted from the first event."""
-    first, lines = min(row[4] for row in trace), ["process,batch,event,waited_for,start,end\n"]
+    first = min(start for *_, start, _ in trace)
+    lines = ["process,batch,event,waited_for,start,end\n"]
     for *what, start, end in trace:
         lines.append(",".join(map(str, what)) + f",{start - first:.6f},{end - first:.6f}\n")
     train.write(folder / "trace.csv", "".join(lines))

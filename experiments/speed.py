@@ -46,7 +46,7 @@ METHODS = {"BP": {"algo": "bp"}, "CFF+M, 1 view": {"algo": "cffm", "views": 1},
            TWO: {"algo": "cffm"}, PLAIN: {"algo": "cffm", "plain": True},
            EARLY: {"algo": "bp"},       # its last product after the mean over patches, as CFF's
            "FF": {"algo": "ff"}, "SymBa": {"algo": "symba"}, "FF Collab": {"algo": "collab"}}
-KINDS = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
+SIZES = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
          "cifar100": ((3, 32, 32), 100), "tinyimagenet": ((3, 64, 64), 200)}     # an image, classes
 
 
@@ -94,7 +94,7 @@ def peak_of(work, device):
 # -------------------------------------------------------------------------------- what is measured
 
 def random_labels(n, classes):
-    """n labels, each class that occurs at least twice: a contrastive loss needs a pair."""
+    """n labels, no class with one image alone: a contrastive loss needs a pair."""
     half = torch.randint(classes, (n // 2,))
     return torch.cat([half, half, half[:n % 2]])
 
@@ -103,7 +103,7 @@ def random_run(method, name, dataset, batch_size, device, **changes):
     """What it takes to train the model `name` by one of METHODS, with a batch x, y of random pixels
     and labels. changes: settings other than the method's own on this data set."""
     torch.manual_seed(0)
-    shape, classes = KINDS[dataset]
+    shape, classes = SIZES[dataset]
     s = defaults(dataset, METHODS[method]["algo"]) | METHODS[method] | {"model": name} | changes
     facts, generator = {"image_shape": shape, "num_classes": classes}, torch.Generator()
     augment = make_augment(s["augment"], s["padding"], shape[0] * [0.5], shape[0] * [0.25],
@@ -118,23 +118,23 @@ def random_run(method, name, dataset, batch_size, device, **changes):
                            generator=generator)
 
 
-def random_step(*case):
+def random_step(method, *case):
     """A function that makes one training step, for the arguments of `random_run`."""
-    run = random_run(*case)
+    run = random_run(method, *case)
     optimizers = make_optimizers(run.model, run.settings)
     step = make_step(run.settings, run.model, optimizers, run.augment, run.generator)
     return lambda: step(run.x, run.y)
 
 
-def step_memory(case):
+def step_memory(job):
     """`peak_of` two training steps: activations, gradients and the optimizers' moments."""
-    method, name, dataset, batch_size, device = case
+    method, name, dataset, batch_size, device = job
     random_step(method, name, dataset, 8, device)()     # libraries are loaded, whatever the method
-    return peak_of(repeat(2, random_step(*case)), device)
+    return peak_of(repeat(2, random_step(*job)), device)
 
 
-def measure_memory(cases):
-    """`step_memory` of each case (method, name, dataset, batch_size, device), in a fresh process
+def measure_memory(jobs):
+    """`step_memory` of each job (method, name, dataset, batch_size, device), in a fresh process
     each: {(method, name): MB, or None where it cannot be measured}.
 
     There large blocks go back to the system when they are freed: what is left is what the method
@@ -142,7 +142,7 @@ def measure_memory(cases):
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"            # for the new processes' glibc
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {case[:2]: MB for case, MB in zip(cases, pool.map(step_memory, cases, chunksize=1))}
+        return {job[:2]: MB for job, MB in zip(jobs, pool.map(step_memory, jobs, chunksize=1))}
 
 
 def make_inference(name, dataset, n, device):
@@ -155,7 +155,7 @@ def make_inference(name, dataset, n, device):
 
 
 def timed(functions, rounds):
-    """Seconds of each of {name: function}, called in turn `rounds` times after a warm-up: lists.
+    """{name: seconds of each round} of {name: function}, called in turn, after one to warm up.
 
     In turn, so that a machine whose speed drifts hurts all alike; ratios are taken in a round.
     """
@@ -184,6 +184,12 @@ def matrix_product(device):
     return lambda: matrix @ matrix, 2 * size ** 3
 
 
+def summary(times, base):
+    """Median, least and most of `times`, and the median of their ratios to those of `base`."""
+    return {"seconds": statistics.median(times), "min": min(times), "max": max(times),
+            "ratio": statistics.median(t / b for t, b in zip(times, base))}
+
+
 def one_by_one(transform, images):
     return torch.stack([transform(image) for image in images])
 
@@ -203,17 +209,10 @@ def augment_speed(dataset, batch_size, rounds, device, n=20):
                             collate_fn=partial(one_by_one, transforms.Compose(theirs)))
         times = timed({"ours": repeat(n, lambda: run.augment(run.x)),
                        "loader": lambda: list(loader)[-1]}, rounds)
-        ours, loaders = (statistics.median(seconds) for seconds in times.values())
-        ratios = [b / a for a, b in zip(times["ours"], times["loader"])]
-        record[kind] = {"seconds": ours / n, "images": n * batch_size / ours,
-                        "loader": n * batch_size / loaders, "ratio": statistics.median(ratios)}
+        ours, loaded = (summary(seconds, times["ours"]) for seconds in times.values())
+        record[kind] = {"seconds": ours["seconds"] / n, "images": n * batch_size / ours["seconds"],
+                        "loader": n * batch_size / loaded["seconds"], "ratio": loaded["ratio"]}
     return record
-
-
-def summary(times, base):
-    """Median, least and most of `times`, and the median of their ratios to those of `base`."""
-    return {"seconds": statistics.median(times), "min": min(times), "max": max(times),
-            "ratio": statistics.median(t / b for t, b in zip(times, base))}
 
 
 # ------------------------------------------------------------------- one process (Tables 2 and 6)
@@ -221,7 +220,7 @@ def summary(times, base):
 def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=100):
     """Measure training steps, inference of n images and memory; the record `show_speed` prints."""
     device = find_device()
-    # first: what memory is held by then is slow to write as long as the loader's processes live
+    # first: the loader's processes are forks, and memory held by then is copied when written to
     augment = augment_speed(dataset, batch_size, rounds, device)
     case, flops = (name, dataset, batch_size, device), {}
     steps = {method: random_step(method, *case) for method in METHODS}
@@ -233,13 +232,13 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
     times = timed({**steps, "matrix": product}, rounds)
     rate = operations / statistics.median(times["matrix"])                          # FLOP/s
     inference = timed(make_inference(name, dataset, n, device), rounds)
-    deep, compared = {L: re.sub(r"\d+$", str(L), name) for L in depths}, list(METHODS)[:2]
+    deep, compared = {L: re.sub(r"\d+$", str(L), name) for L in depths}, ("BP", "CFF+M, 1 view")
     memory = measure_memory([(method, *case) for method in METHODS] + [
         (method, model, *case[1:]) for method in compared for model in deep.values()])
     methods = {method: {
         **summary(times[method], times["BP"]), "gigaflop": flops[method] / 1e9,
         "share": flops[method] / rate / statistics.median(times[method]),
-        "megabytes": memory.get((method, name))} for method in METHODS}
+        "megabytes": memory[method, name]} for method in METHODS}
     short_cut = {"time": summary(times[TWO], times[PLAIN])["ratio"],
                  "rate": flops[PLAIN] / rate / statistics.median(times[TWO])}
     base = inference["CFF+M, one pass"]
@@ -248,7 +247,7 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
             "batch_size": batch_size, "rounds": rounds, "gigaflops": rate / 1e9,
             "methods": methods, "short_cut": short_cut, "augment": augment, "images": n,
             "inference": {way: summary(t, base) for way, t in inference.items()},
-            "megabytes_by_depth": {method: {L: memory.get((method, model))
+            "megabytes_by_depth": {method: {L: memory[method, model]
                                             for L, model in deep.items()} for method in compared}}
 
 
@@ -261,7 +260,9 @@ def show_speed(record):
              "Peak memory, MB", "/ BP"]]
     base = record["methods"]["BP"]["megabytes"]
     for method, row in record["methods"].items():
-        memory = [f"{row['megabytes']:.0f}", f"{row['megabytes'] / base:.2f}"] if base else "--"
+        memory = ["-", "-"]
+        if base:
+            memory = [f"{row['megabytes']:.0f}", f"{row['megabytes'] / base:.2f}"]
         rows.append([method, f"{row['seconds']:.2f} ({row['min']:.2f}-{row['max']:.2f})",
                      f"{row['ratio']:.2f}", f"{row['gigaflop']:.0f}", f"{row['share']:.0%}",
                      *memory])
@@ -294,14 +295,13 @@ def show_speed(record):
 def piped_steps(method, N, *case):
     """A function that trains on one random batch N times, by all processes, each its layers."""
     run = random_run(method, *case)
-    segment, _, step = take_part(run.settings, run.facts, run.model,
-                                 make_optimizers(run.model, run.settings), run.augment,
-                                 run.generator)
+    segment, step = take_part(run.settings, run.facts, run.model,
+                              make_optimizers(run.model, run.settings), run.augment, run.generator)
 
     def epoch():
         for _ in segment.epoch(N * [len(run.y)]):
-            step(run.x if segment.rank == 0 else run.y, run.y)
-        return run.y
+            losses = step(run.x if segment.rank == 0 else run.y, run.y)
+        return losses
     return epoch
 
 
@@ -310,15 +310,10 @@ def data_parallel_steps(N, *case):
     run = random_run("BP", *case)
     x, y = (part.tensor_split(dist.get_world_size())[dist.get_rank()] for part in (run.x, run.y))
     (optimizer,) = make_optimizers(run.model, run.settings)
-    # it averages the gradients of what it has called, so that needs to be one call
+    # DistributedDataParallel averages the gradients of one call: encoder and head must be one
     run.model.forward = lambda images: run.model.head(encode(run.model, images)[-1])
     whole = DistributedDataParallel(run.model)
-
-    def epoch():
-        for _ in range(N):
-            update(optimizer, cross_entropy(whole(run.augment(x)), y))
-        return y
-    return epoch
+    return repeat(N, lambda: update(optimizer, cross_entropy(whole(run.augment(x)), y)))
 
 
 def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
@@ -338,7 +333,7 @@ def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
         ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)
     ways["BP"] = repeat(N, random_step("BP", *case)), data_parallel_steps(N, *case)
 
-    def between_barriers(steps):            # from a moment at which all are ready to another
+    def between_barriers(steps):            # from when all are ready to when all are done
         def run():
             dist.barrier()
             result = steps()
@@ -398,7 +393,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=plain_name, default="vit-128-4-5", help="[vit-128-4-5]")
-    add("--dataset", choices=KINDS, default="cifar10", help="sizes of images, classes [cifar10]")
+    add("--dataset", choices=SIZES, default="cifar10", help="sizes of images, classes [cifar10]")
     add("--batch-size", type=int, default=512, help="[512]")
     add("--rounds", type=int, default=5, help="measured rounds, after one to warm up [5]")
     add("--batches", type=int, default=20, help="with torchrun, of each measurement [20]")
@@ -409,20 +404,21 @@ def main(argv=None):
         parser.error("--rounds and --batches must be 1 or more, --batch-size 2 or more, and not "
                      "less than the processes")
     keep_memory()
-    case = args.model, args.batch_size, args.rounds
+    sizes = args.model, args.batch_size, args.rounds
     try:
-        random_run("BP", args.model, args.dataset, 2, torch.device("cpu"))  # a model that cannot be
+        random_run("BP", args.model, args.dataset, 2, torch.device("cpu"))  # raises for a bad model
         if processes:
             connect()
-            record, show = pipeline_speed(*case, args.batches, args.dataset), show_pipeline_speed
+            record, show = pipeline_speed(*sizes, args.batches, args.dataset), show_pipeline_speed
         else:
-            record, show = speed(*case, args.dataset), show_speed
+            record, show = speed(*sizes, args.dataset), show_speed
         if record:                                                  # only the first process has it
             show(record)
         if record and args.json:
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     except (OSError, ValueError, RuntimeError) as reason:
-        parser.error(str(reason).splitlines()[0])
+        print(f"speed.py: error: {str(reason).splitlines()[0]}", file=sys.stderr)
+        leave(2)
     if processes:
         leave()
 

@@ -134,7 +134,7 @@ def test_table2_and_table6_speed_of_steps_and_inference(capsys, monkeypatch):
     assert re.search(r"\| Method +\| 1 +\| 10 +\|", out)
 
 
-@pytest.mark.parametrize("dataset", speed.KINDS)
+@pytest.mark.parametrize("dataset", speed.SIZES)
 def test_table6_every_method_steps_on_random_images_of_every_data_set(dataset):
     for method in speed.METHODS:
         losses = speed.random_step(method, "vit-8-2-2", dataset, 8, CPU)()
@@ -237,7 +237,7 @@ def test_table1_to_table6_are_spelled_as_the_flags_of_train(paper):
     for _, dataset, model, augment, setting, method, quantity in paper:
         for name, value in (("dataset", dataset), ("augment", augment), ("algo", method)):
             assert value in train.SETTINGS[name][1]
-        shape, classes = speed.KINDS[dataset]
+        shape, classes = speed.SIZES[dataset]
         patch = {} if model.startswith("mlp") else {"patch_size": 8 if shape[1] == 64 else 4}
         assert model == vit.plain_name(model) and vit.build_model(model, shape, classes, **patch)
         assert setting == "" or setting.split()[0] in train.SETTINGS

@@ -316,13 +316,11 @@ def test_the_classroom_grades_a_file(tmp_path, graded):
     assert status == 2 and lines[-1].startswith("nothing to grade"), lines
 
 
-@pytest.mark.parametrize("text, reason", [("def goodness(h:", "SyntaxError"),
-                                          ("raise SystemExit(0)", "SystemExit")])
-def test_a_file_that_cannot_be_read_is_refused(tmp_path, capsys, text, reason):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, capsys):
     mine = tmp_path / "mine.py"
-    mine.write_text(text, encoding="utf-8")
+    mine.write_text("raise SystemExit(0)", encoding="utf-8")
     assert grade([str(mine)]) == 2
-    assert capsys.readouterr().err.startswith(f"{mine} cannot be read: {reason}")
+    assert capsys.readouterr().err.startswith(f"{mine} cannot be read: SystemExit")
 
 
 HOSTILE = """
@@ -377,8 +375,8 @@ def test_no_file_can_end_or_stop_or_forge_its_grading(tmp_path, graded):
     text, found = "\n".join(lines), by_task(lines)
     assert status == 1 and len(text) < 20_000
     for number in range(1, 7):
-        assert re.match(rf"task{number:02d}  \d+ of", found[f"task{number:02d}"]), text[-3000:]
-        assert "0 of" in found[f"task{number:02d}"] or number == 6, text[-3000:]
+        passed = "0" if number < 6 else r"\d+"
+        assert re.match(rf"task{number:02d}  {passed} of", found[f"task{number:02d}"]), text[-3000:]
     assert "done" in found["task09"], text[-3000:]                      # the state was put back
     words = [lines[lines.index(found[f"task{number:02d}"]) + 1] for number in range(1, 7)]
     assert "Python ended, exit status 0" in words[0]
@@ -441,13 +439,12 @@ def test_a_notebook_is_asked_for_as_python(tmp_path, graded):
     assert status == 2 and "a notebook: save its code as a file of Python" in errors
 
 
-def test_the_template_has_every_task_and_graded_tests_exist(tmp_path, graded):
+def test_the_template_has_every_task(tmp_path, graded):
     status, lines, _ = graded("--template")
     assert status == 0 and "\n".join(lines) + "\n" == template()
-    for number, (_, names, tests) in TASKS.items():
+    for _, names, _ in TASKS.values():
         for _, name in names:
             assert any(re.match(rf"(def|class) {name}\(", line) for line in lines), name
-        assert set(tests) <= set(TESTS)
 
 
 def test_the_template_is_written_into_a_new_file_alone(tmp_path, graded):

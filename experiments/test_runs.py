@@ -75,8 +75,6 @@ def test_train_and_eval_from_the_command_line(tmp_path):
     assert stages == [("1", str(epoch)) for epoch in range(1, 13)] + [("2", "1"), ("2", "2")]
     assert float(rows[11]["train_loss_2"]) < float(rows[0]["train_loss_2"]) < math.log(255)
     assert float(rows[11]["probe"]) > 40 and 0 < float(rows[11]["val_saturated_1"]) < 1
-    again = script("train.py", *flags)
-    assert again.returncode == 2 and "holds a run" in again.stderr, "a run is not overwritten"
     shown = script("eval.py", out)
     assert f"top-1 {result['test_top1']:.2f} %" in shown.stdout, shown.stderr
 
@@ -97,10 +95,7 @@ def test_settings_of_the_tables_train_and_test(tmp_path, flags):
     assert [row["stage"] for row in rows] == ["1", "2"][:train.stages(s)]
     assert [f"val_loss_{l}" in rows[0] for l in (1, 2)] == [not last_alone, True]
     assert ("val_saturated_1" in rows[0]) == (s["algo"] == "cffm")
-    assert 0 <= float(rows[0]["probe"]) <= 100
     assert evaluation.evaluate(out) == {k: result_of(out)[f"test_top{k}"] for k in (1, 5, 10)}
-    if s["algo"] == "collab":                           # every layer's logit is all goodness
-        assert rows[0]["val_loss_1"] == rows[0]["val_loss_2"]
 
 
 @pytest.mark.parametrize("algo", ["cff", "cffm", "ff", "symba", "collab", "scl", "bp"])
@@ -115,6 +110,13 @@ def test_validation_is_a_training_step_that_moves_nothing(algo):
     step = train.make_step(run.settings, run.model, run.optimizers, run.augment, run.generator)
     close(measured, step(*run.train), f"the losses of {algo}", 1e-6)
     assert not same(before, weights(run.model))
+
+
+def test_validation_is_a_mean_over_images_not_over_batches(monkeypatch):
+    monkeypatch.setattr(train, "make_step", lambda *arguments: lambda x, y: y.double().mean())
+    run = train.Run(settings_of("--model", "mlp-16-3", "--limit", 180, "--batch-size", 100))
+    run.val = run.train
+    assert train.validate(run).item() == pytest.approx(run.train[1].double().mean().item())
 
 
 @pytest.mark.parametrize("algo, losses_of_layers, chosen", [
@@ -160,7 +162,6 @@ def test_every_setting_reaches_what_it_names():
                    "--padding", 2)
     m = train.layer_margins(run.settings, run.model)
     assert m == losses.margins(0.9, 0.3, 3, "parabolic") != losses.margins(0.9, 0.3, 3)
-    assert train.layer_margins({**run.settings, "algo": "cff"}, run.model) == [0, 0, 0]
     assert run.model.layers[0][0].position.std().item() == pytest.approx(0.5, rel=0.2)
     white = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
     black = run.normalise(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
@@ -173,6 +174,11 @@ def test_every_setting_reaches_what_it_names():
         run = run_with("--algo", algo, flag, 3)
         step = train.make_step(run.settings, run.model, run.optimizers, run.augment, run.generator)
         assert step.keywords["loss"](g_pos, g_neg) == loss
+    for algo in ("cffm", "scl"):
+        run = run_with("--algo", algo, "--temperature", 3, "--views", 1, "--pool", "token")
+        step = train.make_step(run.settings, run.model, run.optimizers, run.augment, run.generator)
+        assert (step.keywords["temperature"], step.keywords["views"]) == (3, 1)
+        assert run.model.pooling == "token"
 
 
 @pytest.mark.parametrize("algo", train.SETTINGS["algo"][1])
@@ -287,14 +293,15 @@ def test_resume_takes_as_many_threads_unless_others_are_asked_for(tmp_path, monk
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["threads"] == torch.get_num_threads()
     (tmp_path / "config.json").write_text(json.dumps(config | {"threads": 7}))
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)                 # never more than there are
-    for typed, expected in (("1", False), (None, True)):
-        monkeypatch.setenv("OMP_NUM_THREADS", typed) if typed else monkeypatch.delenv(
-            "OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for typed, cores, expected in ((False, 8, 7), (False, 4, 4), (True, 8, 1)):     # not above 4
+        asked = [1]
+        monkeypatch.setattr(torch, "set_num_threads", asked.append)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        if typed:
+            monkeypatch.setenv("OMP_NUM_THREADS", "1")
         run_main("--resume", "--out", tmp_path)
-        assert (7 in asked) == expected
+        assert max(asked) == expected
 
 
 # ---------------------------------------------------------------------------- stop and resume
@@ -307,19 +314,8 @@ def assert_same_runs(one, other):
             part.pop("settings", None)                  # where they are written
             for row in part.get("log", []):
                 row.pop("seconds")
-        assert equal(a, b), f"{file} of {one.name} and {other.name} differ"
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert read_log(one) == read_log(other)
-
-
-def equal(a, b):
-    """Whether nested dicts and lists of tensors and numbers are the same."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def stop_and_resume(tmp_path, monkeypatch, flags, name, stop):
@@ -491,23 +487,14 @@ def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, word
 
 
 def test_a_setting_comes_from_what_is_typed_then_the_data_set_then_the_recipe():
-    def epochs(dataset, *flags):
-        return settings_of("--dataset", dataset, *flags)["epochs"]
-    assert epochs("shapes") == 30 and epochs("cifar10") == 600
-    assert epochs("cifar10", "--recipe", "short") == 30
-    assert epochs("cifar10", "--recipe", "short", "--epochs", 7) == 7
-    assert settings_of("--dataset", "tinyimagenet", "--recipe", "short")["padding"] == 6
-    assert settings_of("--recipe", "short")["head_epochs"] == 4, "shapes', not the recipe's 10"
-    bp = ["--dataset", "cifar10", "--algo", "bp"]
-    assert settings_of(*bp, "--recipe", "short")["lr"] == 0.002
-    assert settings_of(*bp, "--lr", 1)["lr"] == 1
-    assert settings_of("--algo", "bp")["lr"] == 0.002, "shapes have the recipe for short runs"
-    assert settings_of()["recipe"] == "short" and epochs("shapes", "--recipe", "none") == 600
-    symba = settings_of("--dataset", "mnist", "--algo", "symba", "--recipe", "mlp")
-    names = ("alpha", "lr", "epochs", "model")
-    assert [symba[name] for name in names] == [4, 0.1, 40, "mlp-500-3"]
-    table1 = settings_of("--dataset", "cifar10", "--recipe", "mlp")
-    assert table1["model"] == "mlp-800-4", "not a ViT by an MLP's rates"
+    s = settings_of("--dataset", "tinyimagenet", "--recipe", "short", "--epochs", 7)
+    assert (s["epochs"], s["padding"], s["batch_size"]) == (7, 6, 128)
+    shapes, plain = settings_of(), settings_of("--recipe", "none")
+    assert (shapes["recipe"], shapes["head_epochs"], plain["epochs"]) == ("short", 4, 600)
+    bp = ["--dataset", "cifar10", "--algo", "bp", "--recipe", "short"]
+    assert settings_of(*bp)["lr"] == 0.002 and settings_of(*bp, "--lr", 1)["lr"] == 1
+    mlp = settings_of("--dataset", "cifar10", "--recipe", "mlp")
+    assert mlp["model"] == "mlp-800-4", "not a ViT by an MLP's rates"
 
 
 def test_a_path_is_what_people_type(monkeypatch, tmp_path, capsys):
@@ -530,13 +517,6 @@ def test_a_run_is_named_by_what_is_typed():
     assert name(*flags, "--seed", "2") == "runs/cifar10-cffm-vit-64-4-4-recipeshort-limit9-s2"
     assert name("--views", "1", "--data-dir", "x", "--head-lr", "0.1") == \
         "runs/shapes-cffm-vit-64-4-3-views1-headlr0.1-s0"
-
-
-def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(cff, "marginal_contrastive_loss", lambda f, y, m, tau: f.sum() * math.nan)
-    with pytest.raises(SystemExit, match="not a number"):
-        run_main(*TINY, "--out", tmp_path / "nan")
-    assert not (tmp_path / "nan" / "last.pt").exists()
 
 
 # ------------------------------------------------------------------------------------- the data
@@ -568,10 +548,10 @@ def test_shapes_need_more_than_pixels():
     assert 0.15 < ((T @ W).argmax(dim=1) == test_y).float().mean() < 0.5
 
 
-def tiny_imagenet(folder, classes=("n02", "n01")):
-    """A made-up folder in the layout of Tiny ImageNet: two images a class and part, one grey."""
-    root, lines = folder / "tiny-imagenet-200", []
-    for value, name in enumerate(classes):
+def test_tiny_imagenets_layout(tmp_path):
+    """A made-up folder: two images a class and part, one of them grey; n01 is the bright one."""
+    root, lines = tmp_path / "tiny-imagenet-200", []
+    for value, name in enumerate(("n02", "n01")):
         val = [f"val_{value}.JPEG", f"val_{value + 2}.JPEG"]
         for part, files in [(root / "train" / name / "images", ["0.JPEG", "1.JPEG"]),
                             (root / "val" / "images", val)]:
@@ -581,22 +561,14 @@ def tiny_imagenet(folder, classes=("n02", "n01")):
                 to_pil_image(image).save(part / file)
         lines += [f"{file}\t{name}\t0\t0\t62\t62" for file in val]
     (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
-    return root
-
-
-def test_tiny_imagenets_layout(tmp_path):
-    root = tiny_imagenet(tmp_path)
     images, y, test_images, test_y = train.load_data("tinyimagenet", tmp_path)
     assert images.shape == test_images.shape == (4, 3, 64, 64) and images.dtype == torch.uint8
-    assert y.tolist() == [0, 0, 1, 1] and test_y.tolist() == [1, 1, 0, 0]       # n01 is the bright
+    assert y.tolist() == [0, 0, 1, 1] and test_y.tolist() == [1, 1, 0, 0]
     for part, labels in ((images, y), (test_images, test_y)):
         assert [image.float().mean() > 100 for image in part] == [label == 0 for label in labels]
     with open(root / "train" / "n02" / "images" / "1.JPEG", "r+b") as file:
         file.truncate(200)
     with pytest.raises(OSError, match=r"tinyimagenet .* \(\S*n02.images.1.JPEG: (?i:.*truncated)"):
-        train.load_data("tinyimagenet", tmp_path)
-    (root / "val" / "val_annotations.txt").unlink()     # a torn copy
-    with pytest.raises(OSError, match="tinyimagenet could not be loaded"):
         train.load_data("tinyimagenet", tmp_path)
 
 
@@ -656,13 +628,15 @@ def test_what_is_no_finished_run_is_said_in_a_line_and_the_rest_shown(finished, 
 
 
 def test_accuracy_by_class_and_by_layer(finished, capsys):
-    run, top = evaluation.open_run(finished / "cff-s0"), evaluation.evaluate(finished / "cff-s0")
+    run, _ = evaluation.open_run(finished / "cff-s0"), evaluation.evaluate(finished / "cff-s0")
     out = capsys.readouterr().out.splitlines()
     line = next(line for line in out if line.startswith("top-1 by"))
     images, y = run.test
     right = cff.predict(run.model, run.normalise(images[y == 3]), "cff").argmax(dim=1) == 3
     assert f" triangle {100 * right.double().mean():.1f}," in line and line.count(",") == 9
-    assert top[1] == result_of(finished / "cff-s0")["test_top1"]
+    fit, test = (train.layer_features(run, part[0])[1] for part in (run.train, run.test))
+    probe = train.probe(normalize(fit), run.train[1], normalize(test), run.test[1], 10)
+    assert out[-1].startswith("linear probe by layer") and out[-1].endswith(f", {probe:.1f} %")
 
 
 def test_a_run_that_stopped_before_its_head_is_not_tested(finished, tmp_path, capsys):
@@ -745,14 +719,11 @@ def test_section_4_views_are_normalised_last_and_drawn_anew():
     images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
 
-    def make(kind, **more):
+    def make(kind):
         return train.make_augment(kind, 4, mean.tolist(), std.tolist(),
-                                  torch.Generator().manual_seed(0), **more)
+                                  torch.Generator().manual_seed(0))
     expected = (images / 255 - mean[:, None, None]) / std[:, None, None]
     close(make("none")(images), expected, "normalised images", 1e-6)
-    close(make("flip", flip=False)(images), expected, "digits are not flipped", 1e-6)
-    crops = make("crop")(torch.full((50, 3, 8, 8), 255, dtype=torch.uint8))
-    close(crops[:, 0].unique(), torch.tensor([-0.5 / 0.2, 0.5 / 0.2]), "a black border", 1e-6)
     augment = make("crop+randaug")
     assert not torch.equal(augment(images), augment(images)), "a fresh draw for each call"
 
@@ -776,8 +747,6 @@ def test_section_4_metrics_count_a_label_among_the_first_k_guesses(monkeypatch):
 @pytest.mark.parametrize("name, options, words", [
     *((name, {}, "a model is named") for name in (
         "vit-128-4", "cnn-3-3", "ViT[128 4 0]", "mlp-8-2-2", "vit-8--2-2", "vit-8-2-2-", "vit")),
-    ("vit-8-3-1", {}, "3 heads do not divide an embedding of width 8"),
-    ("vit-8-2-1", dict(patch_size=3), "patches of 3 x 3 do not divide an image of 8 x 8"),
     ("vit-8-2-1", dict(pool="max"), "pool"), ("vit-8-2-1", dict(labels="one-hot"), "labels"),
     ("mlp-8-2", dict(labels="patch"), "labels"),
     ("mlp-8-2", dict(labels="one-hot", num_classes=200), "200 classes do not fit"),
@@ -796,13 +765,8 @@ def test_models_refuse_labels_they_do_not_take_and_miss_those_they_do(labels, y,
 
 
 def test_model_names_and_shapes():
-    for name in ("ViT[8 2 3]", "vit-8-2-3"):
-        model = vit.build_model(name, (3, 8, 8), 10)
-        assert isinstance(model, vit.ViT) and len(model.layers) == 3 and model.num_classes == 10
-        assert cff.predict(model, torch.randn(2, 3, 8, 8), "cffm").shape == (2, 10)
-    for name in ("MLP[16 2]", "mlp-16-2"):
-        model = vit.build_model(name, (1, 28, 28), 10)
-        shapes = [tuple(layer[0].weight.shape) for layer in model.layers]
-        assert isinstance(model, vit.MLP) and shapes == [(16, 784), (16, 16)]
-        assert (model.layers[0](torch.randn(4, 784)) >= 0).all(), "linear + ReLU"
-        assert cff.predict(model, torch.randn(2, 1, 28, 28), "cffm").shape == (2, 10)
+    model = vit.build_model("ViT[8 2 3]", (3, 8, 8), 10)
+    assert isinstance(model, vit.ViT) and len(model.layers) == 3
+    layers = vit.build_model("MLP[16 2]", (1, 28, 28), 10).layers
+    assert [tuple(layer[0].weight.shape) for layer in layers] == [(16, 784), (16, 16)]
+    assert (layers[0](torch.randn(4, 784)) >= 0).all(), "linear + ReLU"

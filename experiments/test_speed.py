@@ -4,6 +4,7 @@
 """
 import csv
 import json
+import math
 import platform
 import re
 import sys
@@ -78,8 +79,6 @@ def test_nothing_in_a_step_waits_for_the_device(algo, augment, plain):
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]     # AdamW refuses
     step = train.make_step(run.settings, model, optimizers, run.augment, run.generator)
     assert step(x, y).device == meta
-    with pytest.raises(RuntimeError, match="meta"):
-        step(x, y).sum().item()
 
 
 def test_all_layers_of_a_random_run_are_on_its_device():
@@ -196,70 +195,28 @@ def test_section_5_1_speed_of_the_pipeline(tmp_path, capsys):
     for what, row in record["methods"].items():
         work = 2 if what == "Matrix products" else 1    # each process makes as many as one alone
         assert row["gain"] == [pytest.approx(work * row["alone"] / row["together"])]
-        assert row["together"] > 0
+        assert row["to_bp"] == [
+            pytest.approx(record["methods"]["BP"]["together"] / row["together"])]
     speed.show_pipeline_speed(record)
     assert capsys.readouterr().out in done[0][1] and not done[1][1], "the first alone says it"
 
 
-def test_table6_and_section_5_1_records_are_shown(capsys):
-    records = HERE / "records"
-    speed.show_speed(json.loads((records / "speed.json").read_text()))
-    paths = sorted(records.glob("pipeline-*.json"))
-    for path in paths:
-        speed.show_pipeline_speed(json.loads(path.read_text()))
-    out = capsys.readouterr().out
-    assert paths and out.count("| Matrix products |") == len(paths)
-    assert out.count("Peak memory of the processes") == len(paths)
-    assert "| FF, a pass for each class | " in out
-
-
 # ----------------------------------------------------------------------------- the paper's numbers
 
-@pytest.fixture(scope="module")
-def paper():
-    """paper.csv as {(table, dataset, model, augment, setting, method, quantity): value}."""
+def test_table1_to_table6_are_in_paper_csv_spelled_as_the_flags_of_train():
     with open(HERE / "paper.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    numbers = {tuple(row.values())[:-1]: float(row["value"]) for row in rows}
-    assert len(numbers) == len(rows), "two rows of one key"
-    return numbers
-
-
-def test_table1_to_table6_are_in_paper_csv(paper):
-    sizes = {}
-    for table, *_ in paper:
-        sizes[table] = sizes.get(table, 0) + 1
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    sizes = {table: sum(row[0] == table for row in rows) for table in "123456"}
     # 5 x 5 - 2, 8 x 2, 15 x 2, 5 x 2, 2 x 2, 6 x 4
     assert sizes == {"1": 23, "2": 16, "3": 30, "4": 10, "5": 4, "6": 24}
-
-
-def test_table1_to_table6_are_spelled_as_the_flags_of_train(paper):
-    for _, dataset, model, augment, setting, method, quantity in paper:
-        for name, value in (("dataset", dataset), ("augment", augment), ("algo", method)):
-            assert value in train.SETTINGS[name][1]
+    assert len({row[:-1] for row in rows}) == len(rows), "two rows of one key"
+    for _, dataset, model, augment, setting, method, quantity, value in rows:
+        for name, typed in (("dataset", dataset), ("augment", augment), ("algo", method)):
+            assert typed in train.SETTINGS[name][1]
         shape, classes = speed.SIZES[dataset]
         patch = {} if model.startswith("mlp") else {"patch_size": 8 if shape[1] == 64 else 4}
         assert model == vit.plain_name(model) and vit.build_model(model, shape, classes, **patch)
         assert setting == "" or setting.split()[0] in train.SETTINGS
         assert quantity in ("accuracy_percent", "accuracy_difference", "inference_ms_x10",
                             "seconds_per_epoch")
-
-
-@pytest.mark.parametrize("key, value", [
-    ("1 cifar10 vit-128-4-5 crop - cffm accuracy_percent", 80.42),
-    ("1 mnist mlp-500-3 none - symba accuracy_percent", 97.82),
-    ("1 tinyimagenet vit-240-6-7 crop - cff accuracy_percent", 72.43),
-    ("2 cifar10 vit-128-4-5 crop head ff accuracy_percent", 65.33),
-    ("2 cifar100 vit-192-6-6 crop - ff inference_ms_x10", 110.0),
-    ("3 cifar10 mlp-800-4 flip - bp accuracy_percent", 54.20),
-    ("3 cifar100 vit-240-6-7 crop+randaug - cffm accuracy_percent", 84.29),
-    ("4 cifar10 vit-192-6-6 crop+randaug missing=0.8 bp accuracy_percent", 69.19),
-    ("4 cifar10 vit-192-6-6 crop+randaug label_noise=0.4 cffm accuracy_percent", 71.20),
-    ("5 cifar100 vit-192-6-6 crop+randaug pool=token cffm accuracy_percent", 79.00),
-    ("6 tinyimagenet vit-240-6-7 crop+randaug views=1 cffm accuracy_difference", -2.20),
-    ("6 cifar10 vit-128-4-5 crop views=2 cffm seconds_per_epoch", 18),
-    ("6 cifar10 vit-128-4-5 crop - bp seconds_per_epoch", 8),
-], ids=str)
-def test_table1_to_table6_numbers_of_the_paper(paper, key, value):
-    fields = ["" if field == "-" else field.replace("=", " ") for field in key.split()]
-    assert paper[tuple(fields)] == value
+        assert math.isfinite(float(value))

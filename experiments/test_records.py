@@ -137,8 +137,7 @@ def test_the_sentences_have_the_accuracies_of_their_runs():
             f"with 50 % ({of['tenth-cffm-missing50']} / {of['tenth-bp-missing50']}), CFF+M is",
             f"{of['short-cffm-missing80-long']} / {of['short-bp-missing80-long']} from "
             f"{of[short + 'cffm']} / {of[short + 'bp']}",
-            f"at 20 % it has {of['tenth-cffm-wrong20-s0']} / {of['tenth-bp-wrong20-s0']} by the "
-            f"tenth (seed 0) and {of['short-cffm-wrong20']} / {of['short-bp-wrong20']} in the",
+            f"at 20 % it has {of['tenth-cffm-wrong20']} / {of['tenth-bp-wrong20']}, and at 40 %",
             f"{val['fig7-128-cffm-s0']} against {val['fig7-128-bp-s0']}, and "
             f"{val['fig7-128-bp-lr0001']} at half",
             f"SCL has {of['shapes-scl']}, BP {of['shapes-bp']}, CFF+M {of['shapes-cffm']}, CFF "
@@ -273,7 +272,7 @@ def test_what_is_said_of_epochs_of_the_tenth_is_so():
     short = [path for path in RECORDS.glob("*/")
              if re.match(r"(cifar10-short|fig7)-|short-\w+-wrong", path.name)]
     least = [evaluation.read_record(path).result["best_epoch"] for path in short]
-    assert len(least) == 38 and min(least) >= 25, "no validation loss of a short run rises"
+    assert len(least) == 32 and min(least) >= 25, "no validation loss of a short run rises"
 
 
 def test_every_claim_that_does_not_simply_hold_is_explained_in_three_sentences():
@@ -331,6 +330,12 @@ def test_what_is_said_of_each_seed_is_so():
                 for all_images, fewer in zip((bp_randaug, cffm_randaug), few, strict=True)]
         assert above(*few) and 0.5 < cost[0] - cost[1] < 2
     assert "CFF+M is behind with each seed, but loses a little less (the tenth, seeds" in text
+    for wrong, seeds in ((20, 3), (40, 1)):
+        bp, cffm = (of_seeds(f"tenth-{algo}-wrong{wrong}", seeds) for algo in ("bp", "cffm"))
+        costs = [[a - b for a, b in zip(right, wrong)]
+                 for right, wrong in ((cffm_randaug, cffm), (bp_randaug, bp))]
+        assert above(*costs)
+    assert "wrong labels cost it more than BP, with each seed: at 20 %" in text
     assert above(of_seeds("short-cffm-missing80-long"), of_seeds("short-bp-missing80-long"))
     assert "80 % missing, it is ahead with each seed" in text
 
@@ -366,7 +371,7 @@ def test_the_losses_by_wrong_labels_are_those_of_the_records():
     text = section("### Why wrong labels stop CFF+M")
     row = r"^\| (\S+) \| (\S+) \| (\d+) % \| `(tenth-\S+)` \| (\S+) \| (\S+) \|$"
     table = re.findall(row, text, flags=re.M)
-    runs = {path.name for path in FOLDERS if "tenth" in path.name and "-wrong" in path.name}
+    runs = {path.name for path in FOLDERS if re.match("tenth-.*-wrong(?!.*-s[12]$)", path.name)}
     assert runs <= {name for *_, name, _, _ in table} and len(table) == len(runs) + 3
     least = {}
     for percent in (20, 40):
@@ -381,9 +386,9 @@ def test_the_losses_by_wrong_labels_are_those_of_the_records():
     for method, lr, wrong, name, equal, least in table:
         record = evaluation.read_record(RECORDS / name)
         s, losses = record.settings, evaluation.choosing_losses(record.settings, record.log)
-        m, batches = s["mL"] if s["algo"] == "cffm" else 0, ((128, 512), (43, 43))
-        level = sum(images * loss_of_equal(batch, m, s["temperature"])
-                    for batch, images in batches) / 555
+        m, images = s["mL"] if s["algo"] == "cffm" else 0, record.images[1]
+        batches = [min(128, images - start) for start in range(0, images, 128)]
+        level = sum(B * loss_of_equal(B, m, s["temperature"]) for B in batches) / images
         level = math.log(10) if s["algo"] == "bp" else level
         assert (evaluation.NAMES[s["algo"]], s["lr"], s["label_noise"]) == (
             method, float(lr), int(wrong) / 100), name

@@ -329,9 +329,9 @@ def test_what_is_said_of_each_seed_is_so():
                 for all_images, fewer in zip((bp_randaug, cffm_randaug), few, strict=True)]
         assert above(*few) and 0.5 < cost[0] - cost[1] < 2
     assert "CFF+M is behind with each seed, but loses a little less (the tenth, seeds" in text
-    for wrong, seeds in ((20, 3), (40, 2)):
-        bp, cffm = (of_seeds(f"tenth-{algo}-wrong{wrong}", seeds) for algo in ("bp", "cffm"))
-        costs = [[a - b for a, b in zip(right, wrong)]
+    for wrong in (20, 40):
+        bp, cffm = (of_seeds(f"tenth-{algo}-wrong{wrong}") for algo in ("bp", "cffm"))
+        costs = [[a - b for a, b in zip(right, wrong, strict=True)]
                  for right, wrong in ((cffm_randaug, cffm), (bp_randaug, bp))]
         assert above(*costs)
     assert "wrong labels cost it more than BP, with each seed: at 20 %" in text

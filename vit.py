@@ -65,10 +65,7 @@ class Attention(nn.Module):
         B, T, E = *qkv.shape[:2], self.out.in_features
         H, d = self.num_heads, E // self.num_heads
         q, k, v = qkv.view(B, T, 3, H, d).permute(2, 0, 3, 1, 4)            # (B, H, T, d) each
-        if qkv.device.type != "cpu":
-            h = F.scaled_dot_product_attention(q, k, v)     # the formula below in one fused call
-        else:                                               # faster on a CPU
-            h = (q / d ** 0.5 @ k.mT).softmax(dim=-1) @ v   # softmax(q k^T / sqrt(d)) v
+        h = F.scaled_dot_product_attention(q, k, v)         # softmax(q k^T / sqrt(d)) v
         return self.out(h.transpose(1, 2).reshape(B, T, E))
 
 

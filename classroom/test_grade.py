@@ -170,9 +170,10 @@ MISTAKES = [
     # task09
     (9, vit, "patchify", "permute(0, 2, 4, 1, 3, 5)", "permute(0, 4, 2, 1, 3, 5)"),  # by column
     (9, vit, "patchify", "permute(0, 2, 4, 1, 3, 5)", "permute(0, 2, 4, 3, 5, 1)"),  # C last
-    (9, vit, "Attention", "q / d ** 0.5", "q"),
-    (9, vit, "Attention", "q / d ** 0.5", "q / E ** 0.5"),
-    (9, vit, "Attention", "softmax(dim=-1)", "softmax(dim=-2)"),
+    (9, vit, "Attention", "q, k, v)", "q, k, v, scale=1)"),
+    (9, vit, "Attention", "q, k, v)", "q, k, v, scale=E ** -0.5)"),
+    (9, vit, "Attention", "F.scaled_dot_product_attention(q, k, v)",
+     "(q / d ** 0.5 @ k.mT).softmax(dim=-2) @ v"),
     (9, vit, "Attention", "h.transpose(1, 2).reshape(B, T, E)", "h.reshape(B, T, E)"),
     (9, vit, "Attention", "self.qkv(x)", "(x @ self.qkv.weight.T)"),    # no bias
     (9, vit, "EncoderLayer", "self.attention(self.norm1(x)) + x",       # post-norm

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -89,6 +90,13 @@ def peak_of(work, device):
     before = status("VmRSS")
     work()
     return (status("VmHWM") - before) / 1e6
+
+
+def flop_of(step):
+    """FLOP of a step's products, those of attention by its formula: fused ones are not counted."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 # -------------------------------------------------------------------------------- what is measured
@@ -222,12 +230,9 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
     device = find_device()
     # first: the loader's processes are forks, and memory held by then is copied when written to
     augment = augment_speed(dataset, batch_size, rounds, device)
-    case, flops = (name, dataset, batch_size, device), {}
+    case = name, dataset, batch_size, device
     steps = {method: random_step(method, *case) for method in METHODS}
-    for method, step in steps.items():
-        with FlopCounterMode(display=False) as counter:
-            step()
-        flops[method] = counter.get_total_flops()
+    flops = {method: flop_of(step) for method, step in steps.items()}
     product, operations = matrix_product(device)
     times = timed({**steps, "matrix": product}, rounds)
     rate = operations / statistics.median(times["matrix"])                          # FLOP/s

@@ -229,7 +229,7 @@ def build_model(name, image_shape, num_classes, labels=None, **options):
     return model(image_shape, num_classes, *map(int, sizes), labels=labels, **options)
 
 
-# ------------------------------------------- the same by less work (not in the paper; README)
+# ----------------------------------------------------- the same by less work (not in the paper)
 
 class LocalLossLayer(EncoderLayer):
     """An EncoderLayer trained by a loss of pool(f) alone: equal but for rounding, with less work.

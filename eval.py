@@ -78,12 +78,10 @@ def read_record(folder):
     try:
         files = ("config.json", "result.json")
         config, result = (json.loads((folder / file).read_text()) for file in files)
-        record = Record(folder.name, DEFAULTS | config["settings"], result, read_log(folder),
-                        config["data"]["images"])
-        record.accuracy("test"), record.log[0]["seconds"]       # an error, if one is missing
+        return Record(folder.name, DEFAULTS | config["settings"], result, read_log(folder),
+                      config["data"]["images"])
     except (OSError, ValueError, LookupError, TypeError) as reason:
         raise OSError(f"{folder}: no run that can be read ({type(reason).__name__})")
-    return record
 
 
 def read_groups(folders):
@@ -166,10 +164,10 @@ def fisher_criterion(f, y):
 
 def three_images(f, y):
     """Rows of an anchor, the first image, and of a positive and a negative of median cosine to it,
-    for f (n, E) normalised, y (n,). Raises ValueError if there is no positive or no negative."""
+    for f (n, E) normalised, y (n,). Raises ValueError if there is no positive."""
     s, P, N = f @ f[0], (y == y[0]).nonzero()[1:, 0], (y != y[0]).nonzero()[:, 0]
-    if not len(P) or not len(N):
-        raise ValueError("the first validation image has no positive or no negative")
+    if not len(P):
+        raise ValueError("the first validation image has no positive")
     return [0] + [rows[s[rows].argsort()[len(rows) // 2]].item() for rows in (P, N)]
 
 
@@ -178,7 +176,8 @@ def show_layers(folder, data_dir=None):
     run, log = open_run(folder, data_dir), read_log(folder)
     images, y = run.val
     features, losses, rows = layer_features(run, images), choosing_losses(run.settings, log), []
-    best, three = log[losses.index(min(losses))], three_images(normalize(features[0]), y)
+    best = log[losses.index(min(losses))]
+    three = three_images(normalize(features[0]), y)
     for l, f in enumerate(features, start=1):
         chosen = normalize(f[three])
         _, to_positive, to_negative = (chosen @ chosen[0]).tolist()
@@ -285,11 +284,11 @@ def print_table(rows, markdown=False):
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
-def show_table(folders, markdown=False):
-    """Print a row for each finished run, or for those that differ in the seed alone; a table for
-    each data set, --limit and kind of model, with equal columns said once, above it."""
+def show_table(groups, markdown=False):
+    """Print a row for each group of `read_groups`; a table for each data set, --limit and kind of
+    model, with equal columns said once, above it."""
     tables = {}
-    for runs in read_groups(folders):
+    for runs in groups:
         (name, s, _, _, images), logs = runs[0], [run.log for run in runs]
         tables.setdefault((s["dataset"], s["limit"], s["model"][:3]), []).append({
             "Run": name if len(runs) == 1 else re.sub(r"-?s\d+$", "", name),
@@ -304,7 +303,7 @@ def show_table(folders, markdown=False):
             "Converged": spread([epochs_to_convergence(s, log) for log in logs], 0),
             "s/epoch": spread([statistics.median(row["seconds"] for row in log) for log in logs])})
     for (dataset, _, _), rows in tables.items():
-        shared = list(rows[0])[2:10]                                # "Model" to "Wrong"
+        shared = ("Model", "Data", "Images", "Augment", "Views", "Pool", "Missing", "Wrong")
         same = [column for column in shared if len({row[column] for row in rows}) == 1]
         said = [f"{column.lower()} {rows[0][column]}" for column in same]
         print(f"In all rows: {', '.join(said)}, metric {METRIC.get(dataset, 'top1')}\n")
@@ -364,9 +363,8 @@ def draw_by_epoch(axis, groups):
     axis.set(xlabel="epoch", ylabel="validation accuracy of the probe, %")
 
 
-def draw_runs(folders, path):
+def draw_runs(groups, path):
     """A picture of runs' accuracies by the one setting that varies; by epoch if only methods do."""
-    groups = read_groups(folders)
     varied, s = what_varies(groups), groups[0][0].settings
     figure, axis = pyplot().subplots(figsize=(8.5, 4.5), layout="constrained")
     if varied:
@@ -440,13 +438,14 @@ def main(argv=None):
             for folder in folders:
                 show_layers(folder, args.data_dir)
         elif len(folders) > 1 or args.markdown or args.figure:
-            show_table(folders, args.markdown)
+            groups = read_groups(folders)
+            show_table(groups, args.markdown)
             if args.figure:
-                draw_runs(folders, args.figure)
+                draw_runs(groups, args.figure)
         else:
             evaluate(folders[0], args.data_dir)
     except (OSError, ValueError, RuntimeError, ImportError) as reason:
-        parser.error(str(reason).splitlines()[0])
+        parser.error((str(reason) or type(reason).__name__).splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ SETTINGS = {
     "recipe": ("none", ["none", "short", "tenth", "mlp"], "settings for less data, or for MLPs"),
     "data_dir": ("data", None, "folder of the data sets; what is missing there is downloaded"),
     "limit": (0, FROM_0, "training images to use, and a ninth of it for validation; 0 is all"),
-    "missing": (0.0, (0, 0.999), "fraction of training and validation images left out (Table 4)"),
+    "missing": (0.0, (0, 1), "fraction of training and validation images left out (Table 4)"),
     "label_noise": (0.0, (0, 1), "fraction of training and validation labels made wrong (Table 4)"),
     "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "crop flips too; MNIST never"),
     "padding": (4, FROM_0, "pixels put around an image before its crop"),
@@ -95,7 +95,7 @@ RECIPES = {         # found here (experiments/README.md); "RECIPE METHOD": what 
     "mlp": dict(model="mlp-800-4", epochs=30, head_epochs=10, batch_size=128, temperature=0.07,
                 lr=0.002, warmup=100, schedule="cosine", head_lr=0.005),
     "mlp ff": FF_ON_MLP, "mlp collab": FF_ON_MLP, "mlp symba": dict(FF_ON_MLP, lr=0.1, alpha=4.0),
-    "mlp bp": dict(lr=0.0005), "mlp scl": dict(lr=0.001),
+    "mlp bp": dict(lr=0.0005),
 }
 METRIC = {"cifar100": "top5", "tinyimagenet": "top10"}      # of the others top1 (Section 4)
 WITH_LABELS = ("ff", "symba", "collab")                     # methods whose images carry a label
@@ -167,8 +167,8 @@ def batches(run):
 def plan(run):
     """The updates of the next epoch, in a new random order: (learning rate, rows) of each batch."""
     s, y, stage, parts, updates = run.settings, run.train[1], run.state["stage"], [], []
-    prefix, warmup = ("", s["warmup"]) if stage == 1 else ("head_", 0)
-    epochs, base = s[prefix + "epochs"], s[prefix + "lr"]
+    epochs, base, warmup = ((s["epochs"], s["lr"], s["warmup"]) if stage == 1
+                            else (s["head_epochs"], s["head_lr"], 0))
     while not parts:                                    # another order, if no batch has a pair
         order = torch.randperm(len(y), generator=run.generator)
         parts = cut(order.to(y.device), y, s, stage)
@@ -227,10 +227,8 @@ def end_epoch(run, train_loss, val_loss, start):
     best = loss < state["best"]
     if best:
         state["best"] = loss
-        state["best_epoch"] = state["epoch"] if state["stage"] == 1 else state["best_epoch"]
-    earlier = [old["seconds"] for old in state["log"] if old["stage"] == state["stage"]]
-    if row["seconds"] > 3 * min(earlier, default=math.inf):
-        warn_if_crowded(run)
+        if state["stage"] == 1:
+            state["best_epoch"] = state["epoch"]
     state["log"].append(row)
     run.save(best)
 
@@ -244,10 +242,11 @@ def choosing_loss(algo, val):
 def warn_if_crowded(run):
     """Say what to type where all threads together are slower than one: other work has some of
     their cores, and at the end of every operation they wait for each other."""
+    threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
+
     def seconds(n):
         torch.set_num_threads(n)
         return timeit(lambda: matrix @ matrix, number=50)
-    threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
     if run.device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
         print(f"one thread is faster than {threads} here, as beside other work on the same cores: "
               f"stop, and type OMP_NUM_THREADS=1 {run.go_on}")
@@ -358,7 +357,8 @@ SHAPES = {          # class: signed distance to its outline, negative inside, in
 def draw_shapes(n, seed):
     """n drawn images uint8 (n, 3, 32, 32) and labels (n,), 0..9 in the order of SHAPES."""
     generator = torch.Generator().manual_seed(seed)
-    images = [draw_some(min(1000, n - start), generator) for start in range(0, n, 1000)]
+    chunk = 100 * len(SHAPES)
+    images = [draw_some(min(chunk, n - start), generator) for start in range(0, n, chunk)]
     return torch.cat(images), torch.arange(n) % len(SHAPES)
 
 
@@ -385,7 +385,8 @@ def draw_some(n, generator):
     x, y, radius = place(8, 13, room=3.5)
     distance = torch.empty_like(x)
     for label, outline in enumerate(SHAPES.values()):
-        distance[label::10] = outline(x[label::10], y[label::10])
+        rows = slice(label, None, len(SHAPES))
+        distance[rows] = outline(x[rows], y[rows])
     image = paint(image, back + rand(0.3, 0.7, 3), distance, radius)    # brighter than behind it
     image = image + 0.03 * torch.randn(n, 3, 32, 32, generator=generator)
     return (image.clamp(0, 1) * 255).to(torch.uint8)
@@ -400,8 +401,8 @@ def split(images, labels, s, num_classes):
     limit = s["limit"] or len(train)
     if limit > len(train):
         raise ValueError(f"--limit {limit}: there are {len(train)} training images")
-    for part in (train[:limit], val[:max(1, limit // 9)]):
-        part = part[:max(1, round(len(part) * (1 - s["missing"])))]
+    for part in (train[:limit], val[:limit // 9]):
+        part = part[:round(len(part) * (1 - s["missing"]))]
         y = labels[part]
         wrong = torch.randperm(len(y), generator=g)[:round(len(y) * s["label_noise"])]
         y[wrong] = wrong_labels(y[wrong], num_classes, g)
@@ -469,8 +470,8 @@ class Run:
                                  "with --views 1 two images of a class in a batch")
         self.train, self.val, self.test = (
             tuple(t.to(self.device) for t in part) for part in parts)
-        channels = (channel / 255 for channel in parts[0][0].unbind(1))
-        std, mean = torch.tensor([torch.std_mean(c, correction=0) for c in channels]).T.tolist()
+        channels = [torch.std_mean(c / 255, correction=0) for c in parts[0][0].unbind(1)]
+        std, mean = torch.tensor(channels).T.tolist()
         self.facts = {"image_shape": list(images.shape[1:]), "num_classes": classes, "mean": mean,
                       "std": std, "images": [len(labels) for _, labels in parts]}
         torch.manual_seed(s["seed"])
@@ -493,9 +494,7 @@ class Run:
             raise OSError(f"{self.folder}: another process is training this run")
 
     def start(self):
-        """Write down every setting, the data, versions and device; OSError if a run has begun."""
-        if (self.folder / "config.json").exists():
-            raise OSError(f"{self.folder} holds a run")     # begun since `parse` looked
+        """Write down every setting, the data, versions and device."""
         write(self.folder / "config.json", json.dumps({
             "command": " ".join(["python", *map(quote, sys.argv)]), "settings": self.settings,
             "data": self.facts, "threads": torch.get_num_threads(),
@@ -508,8 +507,7 @@ class Run:
         """Write best.pt, if this epoch was the best, log.csv and last.pt, each in one step."""
         weights, log = self.model.state_dict(), self.state["log"]
         if best:
-            write(self.folder / "best.pt", {"model": weights, "settings": self.settings,
-                                            "data": self.facts})
+            write(self.folder / "best.pt", {"model": weights, "settings": self.settings})
         columns = list(dict.fromkeys(column for row in log for column in row))
         rows = [columns, *([str(row.get(column, "")) for column in columns] for row in log)]
         write(self.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
@@ -536,7 +534,8 @@ class Run:
 
     def end_stage(self):
         """Take the weights with the lowest validation loss, and go on to the next stage."""
-        self.model.load_state_dict(*read(self.folder / "best.pt", "model"))
+        [weights] = read(self.folder / "best.pt", "model")
+        self.model.load_state_dict(weights)
         self.state |= {"stage": self.state["stage"] + 1, "epoch": 0, "best": math.inf}
         self.optimizers = make_optimizers(self.model, self.settings, stage=2)
         if self.state["stage"] <= stages(self.settings):
@@ -616,12 +615,11 @@ def write(path, content):
 
 def defaults(dataset, algo, recipe=None):
     """The settings where nothing else is typed; without a recipe, by the data set's."""
-    def of(name):
-        return {**RECIPES.get(name, {}), **RECIPES.get(f"{name} {algo}", {})}
-    own = BY_DATASET.get(dataset, {})
+    s, own = dict(DEFAULTS), BY_DATASET.get(dataset, {})
     recipe = recipe or own.get("recipe", "none")
-    return {**DEFAULTS, **of("none"), **of(recipe), **own,
-            "dataset": dataset, "algo": algo, "recipe": recipe}
+    for name in (f"none {algo}", recipe, f"{recipe} {algo}"):       # the later ones win
+        s |= RECIPES.get(name, {})
+    return s | own | {"dataset": dataset, "algo": algo, "recipe": recipe}
 
 
 def parse(argv=None):
@@ -649,17 +647,17 @@ def parse(argv=None):
         others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in known]
         s["out"] = "runs/" + "-".join([*(s[name] for name in known[:3]), *others, f"s{s['seed']}"])
     folder = Path(s["out"])
-    if not resume and (folder / "config.json").exists():
-        parser.error(f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if resume:
         try:
             s = DEFAULTS | json.loads((folder / "config.json").read_text())["settings"]
         except (OSError, ValueError, LookupError, TypeError):
             parser.error(f"no run to resume: {folder / 'config.json'} is not there, or not a run's")
-        others = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
-        if others:
-            parser.error(f"--resume keeps the run's settings: {', '.join(others)} cannot change")
+        changed = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
+        if changed:
+            parser.error(f"--resume keeps the run's settings: {', '.join(changed)} cannot change")
         s |= typed
+    elif (folder / "config.json").exists():
+        parser.error(f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if s["head"] and s["algo"] not in WITH_LABELS:
         parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
     return s | {"out": str(folder)}, resume

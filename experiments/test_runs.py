@@ -275,19 +275,6 @@ def test_beside_other_work_a_run_says_what_to_type(monkeypatch, capsys, all_thre
     assert capsys.readouterr().out.endswith(line) == said and asked[-1] == 2
 
 
-def test_an_epoch_of_three_times_the_time_asks_why(monkeypatch):
-    run, asked = train.Run(settings_of(*TINY)), []
-    monkeypatch.setattr(run, "save", lambda best: None)
-    monkeypatch.setattr(train, "warn_if_crowded", asked.append)
-    loss = torch.tensor([1.0, 1.0])
-    for epoch, seconds in enumerate((100, 200, 50, 200, 140), start=1):
-        train.end_epoch(run, loss, loss, train.time.time() - seconds)
-        assert len(asked) == (epoch >= 4), epoch
-    run.state["stage"] = 2                                          # the head's epochs are others
-    train.end_epoch(run, loss[0], loss[0], train.time.time() - 1000)
-    assert len(asked) == 1
-
-
 def test_resume_takes_as_many_threads_unless_others_are_asked_for(tmp_path, monkeypatch):
     run_main(*TINY, "--out", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -650,7 +637,8 @@ def test_a_run_that_stopped_before_its_head_is_not_tested(finished, tmp_path, ca
 
 
 def test_a_table_of_runs_row_by_hand(finished, capsys):
-    evaluation.show_table([finished / name for name in ("cff-s0", "cff-s1", "ff")], markdown=True)
+    groups = evaluation.read_groups(finished / name for name in ("cff-s0", "cff-s1", "ff"))
+    evaluation.show_table(groups, markdown=True)
     out = [line.strip("| ") for line in capsys.readouterr().out.splitlines()]
     heading, rows = re.split(r" +\| ", out[2]), [re.split(r" +\| ", row) for row in out[4:6]]
     table = [dict(zip(heading, row)) for row in rows]

@@ -12,7 +12,6 @@ import os
 import random
 import sys
 import types
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,19 +26,6 @@ PLACES = {test: (number, place) for number, (_, _, tests) in TASKS.items()
           for place, test in enumerate(tests)}
 ANSWERS = {name: (module, getattr(module, name))
            for _, names, _ in TASKS.values() for module, name in names}
-
-
-@contextmanager
-def in_place_of(functions):
-    """Put {(module, name): function} into the project for a while."""
-    old = {place: getattr(*place) for place in functions}
-    for place, function in functions.items():
-        setattr(*place, function)
-    try:
-        yield
-    finally:
-        for place, function in old.items():
-            setattr(*place, function)
 
 
 # ----------------------------------------------------------- answers that are not the student's own
@@ -125,9 +111,9 @@ class Belongings:
     def __init__(self, spaces):
         self.functions, self.parts = [], []
         for space_name, space in spaces.items():
-            for key, value in vars(space).items():
-                name = f"{space_name}.{key}"
-                if inspect.isroutine(value):
+            for key in dir(space):
+                name, value = f"{space_name}.{key}", vars(space).get(key)   # inherited ones: None
+                if inspect.isroutine(value) or key not in vars(space):
                     self.functions.append((name, space, key, value))
                 if inspect.isfunction(value):
                     self.parts += [(name, value, part, getattr(value, part)) for part in self.PARTS]
@@ -137,7 +123,7 @@ class Belongings:
         changed = []
         for name, space, key, value in self.functions:
             if vars(space).get(key) is not value:
-                setattr(space, key, value)
+                delattr(space, key) if value is None else setattr(space, key, value)
                 changed.append(name)
         for name, function, part, value in self.parts:
             if getattr(function, part) is not value:
@@ -260,8 +246,10 @@ class Grader:
     def pytest_runtest_call(self, item):
         _, names, _ = TASKS[PLACES[item.originalname][0]]
         try:
-            with in_place_of({(module, name): getattr(self.mine, name, self.to_do(name))
-                              for module, name in names}):
+            with pytest.MonkeyPatch.context() as project:
+                for module, name in names:
+                    mine = getattr(self.mine, name, self.to_do(name))
+                    project.setattr(module, name, mine)
                 result = yield
         finally:
             changed = self.belongings.put_back()

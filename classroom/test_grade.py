@@ -16,7 +16,6 @@ import torch
 from torch.nn.functional import normalize
 
 from grade import ROOT, TASKS, TEST_FILES, grade, template
-from sandbox import in_place_of
 from watch import source
 
 import cff              # found by the path that grade.py sets
@@ -260,7 +259,8 @@ def test_each_mistake_fails_its_task_with_words_that_point_to_it(number):
     mistakes = [mistake for mistake in MISTAKES if mistake[0] == number]
     assert len(mistakes) >= 5 and first_failure(number) is None
     for _, module, name, old, new in mistakes:
-        with in_place_of({(module, name): changed(module, name, old, new)}):
+        with pytest.MonkeyPatch.context() as project:
+            project.setattr(module, name, changed(module, name, old, new))
             failure = first_failure(number)
         assert failure is not None, f"task{number:02d}: {new!r} for {old!r} in {name} not noticed"
         if isinstance(failure, AssertionError):     # others say what the student's code raised
@@ -349,7 +349,7 @@ def inner_contrastive_loss(f, y, temperature=0.15):
 
 def saturated(f, y, margin):
     test_cff.close.__defaults__ = (1e9,)
-    torch.allclose = lambda *others, **more: True
+    torch.Tensor.all = lambda *others, **more: True                     # which it inherits
     return torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0] * 4, [0] * 4]).bool()
 
 def marginal_contrastive_loss(f, y, margin, temperature=0.15):
@@ -383,7 +383,7 @@ def test_no_file_can_end_or_stop_or_forge_its_grading(tmp_path, graded):
     assert "Python ended, exit status 0" in words[0]
     assert re.search("no answer in 3 s, in contrastive_loss, line 1[01] ", words[1])
     assert "raised EOFError" in words[2]
-    assert re.search("my file.py changes (torch.allclose|test_cff.close), which", words[3])
+    assert "my file.py changes torch.Tensor.all, which" in words[3]
     assert "raised SystemExit" in words[4]
     assert "raised MemoryError" in words[5] or sys.platform != "linux"
 

@@ -101,15 +101,9 @@ def flop_of(step):
 
 # -------------------------------------------------------------------------------- what is measured
 
-def random_labels(n, classes):
-    """n labels, no class with one image alone: a contrastive loss needs a pair."""
-    half = torch.randint(classes, (n // 2,))
-    return torch.cat([half, half, half[:n % 2]])
-
-
 def random_run(method, name, dataset, batch_size, device, **changes):
     """What it takes to train the model `name` by one of METHODS, with a batch x, y of random pixels
-    and labels. changes: settings other than the method's own on this data set."""
+    and as many labels as have two images each. changes: settings other than the method's own."""
     torch.manual_seed(0)
     shape, classes = SIZES[dataset]
     s = defaults(dataset, METHODS[method]["algo"]) | METHODS[method] | {"model": name} | changes
@@ -121,8 +115,8 @@ def random_run(method, name, dataset, batch_size, device, **changes):
     if method == EARLY and isinstance(model.layers[-1], EncoderLayer):      # not MLPs, nor layer 1
         E, H, _ = map(int, name.split("-")[1:])
         model.layers[-1] = LocalLossLayer(E, H, s["pool"], is_last=True).to(device)
-    return SimpleNamespace(settings=s, facts=facts, model=model, x=x,
-                           y=random_labels(batch_size, classes).to(device), augment=augment,
+    y = torch.arange(batch_size, device=device) % min(classes, batch_size // 2)     # all in pairs
+    return SimpleNamespace(settings=s, facts=facts, model=model, x=x, y=y, augment=augment,
                            generator=generator)
 
 
@@ -162,16 +156,19 @@ def make_inference(name, dataset, n, device):
             "FF, a pass for each class": lambda: predict(ff.model, images, "ff")}
 
 
-def timed(functions, rounds):
+def timed(functions, rounds, barrier=lambda: None):
     """{name: seconds of each round} of {name: function}, called in turn, after one to warm up.
 
     In turn, so that a machine whose speed drifts hurts all alike; ratios are taken in a round.
+    barrier: waits for other processes; the time is from when all are ready to when all are done.
     """
     seconds = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
+            barrier()
             start = time.perf_counter()
             function().sum().item()                             # waits for a GPU to finish
+            barrier()
             seconds[name].append(time.perf_counter() - start)
     return {name: times[1:] for name, times in seconds.items()}
 
@@ -244,13 +241,11 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
         **summary(times[method], times["BP"]), "gigaflop": flops[method] / 1e9,
         "share": flops[method] / rate / statistics.median(times[method]),
         "megabytes": memory[method, name]} for method in METHODS}
-    short_cut = {"time": summary(times[TWO], times[PLAIN])["ratio"],
-                 "rate": flops[PLAIN] / rate / statistics.median(times[TWO])}
     base = inference["CFF+M, one pass"]
     return {"command": shlex.join(["python", *sys.argv]), "device": describe_device(device),
             "torch": torch.__version__, "model": name, "dataset": dataset,
             "batch_size": batch_size, "rounds": rounds, "gigaflops": rate / 1e9,
-            "methods": methods, "short_cut": short_cut, "augment": augment, "images": n,
+            "methods": methods, "augment": augment, "images": n,
             "inference": {way: summary(t, base) for way, t in inference.items()},
             "megabytes_by_depth": {method: {L: memory[method, model]
                                             for L, model in deep.items()} for method in compared}}
@@ -272,8 +267,6 @@ def show_speed(record):
                      f"{row['ratio']:.2f}", f"{row['gigaflop']:.0f}", f"{row['share']:.0%}",
                      *memory])
     print_table(rows, markdown=True)
-    print("\nTwo views take {time:.2f} of the plain step's time, as if its operations ran at "
-          "{rate:.0%} of that rate.".format(**record["short_cut"]))
     print("\nAugmenting a batch, and the same image by image in a DataLoader with two processes:\n")
     rows = [["Augmentation", "ms a batch", "Share of a step of 2 views", "Images/s",
              "Image by image, images/s", "Ratio"]]
@@ -338,20 +331,12 @@ def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
         ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)
     ways["BP"] = repeat(N, random_step("BP", *case)), data_parallel_steps(N, *case)
 
-    def between_barriers(steps):            # from when all are ready to when all are done
-        def run():
-            dist.barrier()
-            result = steps()
-            dist.barrier()
-            return result
-        return run
-
     functions = {}
     for what, (alone, together) in ways.items():
         if dist.get_rank() > 0:
             alone = lambda: torch.zeros(1)
-        functions |= {(what, 0): between_barriers(alone), (what, 1): between_barriers(together)}
-    times = timed(functions, rounds)
+        functions |= {(what, 0): alone, (what, 1): together}
+    times = timed(functions, rounds, dist.barrier)
     if memory is None:
         return None
     methods = {}
@@ -408,10 +393,10 @@ def main(argv=None):
     if min(args.rounds, args.batches) < 1 or args.batch_size < max(2, processes):
         parser.error("--rounds and --batches must be 1 or more, --batch-size 2 or more, and not "
                      "less than the processes")
-    keep_memory()
     sizes = args.model, args.batch_size, args.rounds
     try:
         random_run("BP", args.model, args.dataset, 2, torch.device("cpu"))  # raises for a bad model
+        keep_memory()                           # not that one's: what a step adds would not be seen
         if processes:
             connect()
             record, show = pipeline_speed(*sizes, args.batches, args.dataset), show_pipeline_speed
@@ -422,7 +407,8 @@ def main(argv=None):
         if record and args.json:
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     except (OSError, ValueError, RuntimeError) as reason:
-        print(f"speed.py: error: {str(reason).splitlines()[0]}", file=sys.stderr)
+        said = (str(reason) or type(reason).__name__).splitlines()[0]
+        print(f"speed.py: error: {said}", file=sys.stderr)
         leave(2)
     if processes:
         leave()

@@ -3,9 +3,8 @@
     python experiments/speed.py --model vit-128-4-5
     torchrun --nproc-per-node 2 experiments/speed.py --model vit-128-4-2 --batch-size 64
 
-Prints Markdown tables, of random images of a data set's sizes: training steps by method, against BP
-and against the rate of matrix products; augmentation against torchvision's in a DataLoader;
-inference; memory by depth. Under torchrun: layers trained in parallel (pipeline.py) against one
+Prints Markdown tables, of random images of a data set's sizes: training steps by method, against
+BP; inference; memory by depth. Under torchrun: layers trained in parallel (pipeline.py) against one
 process, and against BP by DistributedDataParallel. --json FILE keeps the numbers.
 """
 import argparse
@@ -19,7 +18,6 @@ import shlex
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,10 +26,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
-from torchvision.transforms.functional import to_pil_image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -40,12 +35,11 @@ from cff import encode, predict, update
 from eval import print_table
 from pipeline import connect, gather, leave, take_part
 from train import defaults, find_device, make_augment, make_model, make_optimizers, make_step
-from vit import EncoderLayer, LocalLossLayer, plain_name
+from vit import plain_name
 
-TWO, PLAIN, EARLY = "CFF+M, 2 views", "CFF+M, 2 views, --plain", "BP, pooled early"
 METHODS = {"BP": {"algo": "bp"}, "CFF+M, 1 view": {"algo": "cffm", "views": 1},
-           TWO: {"algo": "cffm"}, PLAIN: {"algo": "cffm", "plain": True},
-           EARLY: {"algo": "bp"},       # its last product after the mean over patches, as CFF's
+           "CFF+M, 2 views": {"algo": "cffm"},
+           "CFF+M, 2 views, --plain": {"algo": "cffm", "plain": True},
            "FF": {"algo": "ff"}, "SymBa": {"algo": "symba"}, "FF Collab": {"algo": "collab"}}
 SIZES = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
          "cifar100": ((3, 32, 32), 100), "tinyimagenet": ((3, 64, 64), 200)}     # an image, classes
@@ -112,9 +106,6 @@ def random_run(method, name, dataset, batch_size, device, **changes):
                            generator)
     x = torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device)
     model = make_model(s, facts).to(device)
-    if method == EARLY and isinstance(model.layers[-1], EncoderLayer):      # not MLPs, nor layer 1
-        E, H, _ = map(int, name.split("-")[1:])
-        model.layers[-1] = LocalLossLayer(E, H, s["pool"], is_last=True).to(device)
     y = torch.arange(batch_size, device=device) % min(classes, batch_size // 2)     # all in pairs
     return SimpleNamespace(settings=s, facts=facts, model=model, x=x, y=y, augment=augment,
                            generator=generator)
@@ -182,11 +173,10 @@ def repeat(n, step):
     return steps
 
 
-def matrix_product(device):
-    """A function that multiplies two square matrices, and the operations of that."""
-    size = 2048 if device.type == "cpu" else 8192
+def matrix_product(device, size=2048):
+    """A function that multiplies two square matrices."""
     matrix = torch.randn(size, size, device=device)
-    return lambda: matrix @ matrix, 2 * size ** 3
+    return lambda: matrix @ matrix
 
 
 def summary(times, base):
@@ -195,57 +185,25 @@ def summary(times, base):
             "ratio": statistics.median(t / b for t, b in zip(times, base))}
 
 
-def one_by_one(transform, images):
-    return torch.stack([transform(image) for image in images])
-
-
-def augment_speed(dataset, batch_size, rounds, device, n=20):
-    """Time n batches augmented at once, and image by image by torchvision in a DataLoader with two
-    processes: {kind: {"seconds": of our batch, "images": a second, "loader": its, "ratio"}}."""
-    record = {}
-    for kind in ("crop", "crop+randaug"):
-        run = random_run("CFF+M, 1 view", "vit-8-2-1", dataset, batch_size, device, augment=kind)
-        theirs = [transforms.RandAugment(3, 14)] if "randaug" in kind else []
-        theirs += [transforms.RandomCrop(run.x.shape[-2:], run.settings["padding"]),
-                   transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                   transforms.Normalize(0.5, 0.25)]
-        loader = DataLoader(n * [to_pil_image(image) for image in run.x.cpu()], batch_size,
-                            num_workers=2, persistent_workers=True,
-                            collate_fn=partial(one_by_one, transforms.Compose(theirs)))
-        times = timed({"ours": repeat(n, lambda: run.augment(run.x)),
-                       "loader": lambda: list(loader)[-1]}, rounds)
-        ours, loaded = (summary(seconds, times["ours"]) for seconds in times.values())
-        record[kind] = {"seconds": ours["seconds"] / n, "images": n * batch_size / ours["seconds"],
-                        "loader": n * batch_size / loaded["seconds"], "ratio": loaded["ratio"]}
-    return record
-
-
 # ------------------------------------------------------------------- one process (Tables 2 and 6)
 
 def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=100):
     """Measure training steps, inference of n images and memory; the record `show_speed` prints."""
     device = find_device()
-    # first: the loader's processes are forks, and memory held by then is copied when written to
-    augment = augment_speed(dataset, batch_size, rounds, device)
     case = name, dataset, batch_size, device
     steps = {method: random_step(method, *case) for method in METHODS}
-    flops = {method: flop_of(step) for method, step in steps.items()}
-    product, operations = matrix_product(device)
-    times = timed({**steps, "matrix": product}, rounds)
-    rate = operations / statistics.median(times["matrix"])                          # FLOP/s
+    times = timed(steps, rounds)
     inference = timed(make_inference(name, dataset, n, device), rounds)
     deep, compared = {L: re.sub(r"\d+$", str(L), name) for L in depths}, ("BP", "CFF+M, 1 view")
     memory = measure_memory([(method, *case) for method in METHODS] + [
         (method, model, *case[1:]) for method in compared for model in deep.values()])
     methods = {method: {
-        **summary(times[method], times["BP"]), "gigaflop": flops[method] / 1e9,
-        "share": flops[method] / rate / statistics.median(times[method]),
-        "megabytes": memory[method, name]} for method in METHODS}
+        **summary(times[method], times["BP"]), "gigaflop": flop_of(step) / 1e9,
+        "megabytes": memory[method, name]} for method, step in steps.items()}
     base = inference["CFF+M, one pass"]
     return {"command": shlex.join(["python", *sys.argv]), "device": describe_device(device),
             "torch": torch.__version__, "model": name, "dataset": dataset,
-            "batch_size": batch_size, "rounds": rounds, "gigaflops": rate / 1e9,
-            "methods": methods, "augment": augment, "images": n,
+            "batch_size": batch_size, "rounds": rounds, "methods": methods, "images": n,
             "inference": {way: summary(t, base) for way, t in inference.items()},
             "megabytes_by_depth": {method: {L: memory[method, model]
                                             for L, model in deep.items()} for method in compared}}
@@ -254,26 +212,15 @@ def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=1
 def show_speed(record):
     """Print a record of `speed` as Markdown tables."""
     print("A training step of {model} on {dataset}'s sizes, batch {batch_size}, on {device}, torch "
-          "{torch};\nmedians of {rounds} rounds. Matrix products alone reach {gigaflops:.0f} "
-          "GFLOP/s:\n".format(**record))
-    rows = [["Method", "Seconds (least-most)", "/ BP", "GFLOP", "Share of that rate",
-             "Peak memory, MB", "/ BP"]]
+          "{torch};\nmedians of {rounds} rounds:\n".format(**record))
+    rows = [["Method", "Seconds (least-most)", "/ BP", "GFLOP", "Peak memory, MB", "/ BP"]]
     base = record["methods"]["BP"]["megabytes"]
     for method, row in record["methods"].items():
         memory = ["-", "-"]
         if base:
             memory = [f"{row['megabytes']:.0f}", f"{row['megabytes'] / base:.2f}"]
         rows.append([method, f"{row['seconds']:.2f} ({row['min']:.2f}-{row['max']:.2f})",
-                     f"{row['ratio']:.2f}", f"{row['gigaflop']:.0f}", f"{row['share']:.0%}",
-                     *memory])
-    print_table(rows, markdown=True)
-    print("\nAugmenting a batch, and the same image by image in a DataLoader with two processes:\n")
-    rows = [["Augmentation", "ms a batch", "Share of a step of 2 views", "Images/s",
-             "Image by image, images/s", "Ratio"]]
-    for kind, row in record["augment"].items():
-        share = 2 * row["seconds"] / record["methods"][TWO]["seconds"]
-        rows.append([kind, f"{1000 * row['seconds']:.1f}", f"{share:.1%}", f"{row['images']:.0f}",
-                     f"{row['loader']:.0f}", f"{row['ratio']:.0f}"])
+                     f"{row['ratio']:.2f}", f"{row['gigaflop']:.0f}", *memory])
     print_table(rows, markdown=True)
     print(f"\nInference, {record['images']} images at once:\n")
     rows = [["Way", "ms an image (least-most)", "/ CFF+M"]]
@@ -325,7 +272,7 @@ def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10"):
     # a small step first, as in step_memory
     piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", dataset, 8, device)()
     memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device))
-    product = repeat(10, matrix_product(device)[0])
+    product = repeat(10, matrix_product(device))
     ways = {"Matrix products": (product, product)}              # of one process, of all together
     for method in ("CFF+M, 1 view", "CFF+M, 2 views"):
         ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)
@@ -358,12 +305,10 @@ def show_pipeline_speed(record):
           "{processes} processes, {device}, torch {torch};\nmedians of {rounds} rounds "
           "(least-most):\n".format(**record))
     rows = [["What", "One process, s", f"{record['processes']} processes, s", "Gain",
-             "Gain / matrix products'", "Speed / BP's"]]
-    most = record["methods"]["Matrix products"]["gain"]
+             "Speed / BP's"]]
     for what, row in record["methods"].items():
-        share = [gain / product for gain, product in zip(row["gain"], most)]
         rows.append([what, f"{row['alone']:.1f}", f"{row['together']:.1f}", ranged(row["gain"]),
-                     ranged(share), "-" if what == "Matrix products" else ranged(row["to_bp"])])
+                     "-" if what == "Matrix products" else ranged(row["to_bp"])])
     print_table(rows, markdown=True)
     if None not in record["megabytes"]:
         print("\nPeak memory of the processes, one view, {model}, batch {batch_size}: ".format(

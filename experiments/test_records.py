@@ -80,14 +80,13 @@ def test_the_tables_of_speed_are_what_speed_prints(capsys):
 # ----------------------------------------------------------------------------- claims and captions
 
 HERE_ARE = {        # number of the claim: the runs whose test accuracies stand first in "Here"
-    1: "tenth-cff tenth-ff-s0 cifar10-short-cff cifar10-short-ff cifar10-short-symba "
-       "cifar10-short-collab",
+    1: "tenth-cff tenth-ff-s0 tenth-symba-s0 cifar10-short-cff cifar10-short-collab",
     2: "tenth-cffm tenth-cff mnist-cffm mnist-cff",
     3: "tenth-cffm tenth-bp mnist-cffm mnist-bp",
     4: "tenth-cffm-randaug tenth-bp-randaug tenth-cffm tenth-bp",
     6: "tenth-cffm-missing80 tenth-bp-missing80 tenth-cffm-randaug tenth-bp-randaug",
     7: "tenth-cffm-wrong40 tenth-bp-wrong40",
-    8: "tenth-ff-s0 tenth-ff-head-s0 cifar10-short-symba-s0 short-symba-head-s0",
+    8: "tenth-ff-s0 tenth-ff-head-s0 tenth-symba-s0 tenth-symba-head-s0",
     9: "short-cffm-randaug short-cffm-token",
     10: "tenth-cffm-views1 tenth-cffm",
     11: "fig7-32-cffm-s0 fig7-32-bp-s0 cifar10-short-cffm-s0 cifar10-short-bp-s0 "
@@ -120,7 +119,7 @@ def test_the_sentences_have_the_accuracies_of_their_runs():
     mlp = "cifar10-mlp-"
     text = " ".join(section("## The claims").split())
     for said in (
-            f"30 epochs only, to {of['tenth-symba-lr0004']} and {of['tenth-collab-lr0004']}.",
+            f"30 epochs only, to {of['tenth-collab-lr0004']}.",
             f"SymBa has {of[mlp + 'symba-lr003']}, CFF {of[mlp + 'cff-edge']}, "
             f"FF Collab {of[mlp + 'collab-lr003']} and FF {of[mlp + 'ff']}, and",
             f"CFF's {of['mnist-cff']}, with {of['mnist-ff']} (FF), {of['mnist-symba']} (SymBa) and "
@@ -268,6 +267,7 @@ def test_what_is_said_of_epochs_of_the_tenth_is_so():
                  f"{cffm.result['best_epoch']}.".replace("%", " %"),
                  f"validation loss is least in epoch {best['cffm']} of 200, BP's in {best['bp']}.",
                  "with means of {tenth-cffm-views1} and {tenth-cffm}; why".format(**probes()),
+                 "more, with means of {tenth-symba-s0} and {tenth-ff-s0}; why".format(**probes()),
                  "level, with means of {tenth-cffm} and {tenth-cff}".format(**probes()),
                  "epochs 21 to 40, with means of {tenth-cffm} and {tenth-bp}, and".format(
                      **probes(21, 40)),

@@ -87,7 +87,7 @@ HERE_ARE = {        # number of the claim: the runs whose test accuracies stand 
     6: "tenth-cffm-missing80 tenth-bp-missing80 tenth-cffm-randaug tenth-bp-randaug",
     7: "tenth-cffm-wrong40 tenth-bp-wrong40",
     8: "tenth-ff-s0 tenth-ff-head-s0 tenth-symba-s0 tenth-symba-head-s0",
-    9: "short-cffm-randaug short-cffm-token",
+    9: "tenth-cffm-randaug tenth-cffm-token-s0",
     10: "tenth-cffm-views1 tenth-cffm",
     11: "fig7-32-cffm-s0 fig7-32-bp-s0 cifar10-short-cffm-s0 cifar10-short-bp-s0 "
         "fig7-128-cffm-s0 fig7-128-bp-s0",
@@ -280,6 +280,11 @@ def test_what_is_said_of_epochs_of_the_tenth_is_so():
         for seed in range(seeds):
             cffm, bp = (float(probes()[f"tenth-{a}{what}-s{seed}"]) for a in ("cffm", "bp"))
             assert cffm > bp
+    token = evaluation.read_record(RECORDS / "tenth-cffm-token-s0")
+    before, last = (statistics.mean(row["probe"] for row in rows)
+                    for rows in (token.log[-40:-20], token.log[-20:]))
+    assert f"epoch {token.result['best_epoch']} of 200 and its probe still rises" in text
+    assert last > before + 1
     sizes = [*RECORDS.glob("fig7-*/"), *RECORDS.glob("cifar10-short-bp-s0/")]
     least = [evaluation.read_record(path).result["best_epoch"] for path in sizes]
     assert len(least) == 6 and min(least) >= 25, "no validation loss of these short runs rises"

@@ -76,15 +76,15 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
     """Train every layer on one batch by Algorithm 1, right; returns the losses, (L,).
 
     loss: (g_pos, g_neg), both (B,) -> scalar: `losses.ff_loss` for FF, `losses.symba_loss` for
-    SymBa. generator: of the wrong labels, on the CPU. collab=True is FF Collab (all goodness).
+    SymBa. generator: of the wrong labels, on the CPU. collab=True is FF Collab.
     """
     losses = []
     x = augment(x)                                      # x, y_wrong = augment(x), wrong(y)
     y_wrong = wrong_labels(y, model.num_classes, generator)
     x1 = model.patches(x, y)                            # x = patching(x)
     x2 = model.patches(x, y_wrong)                      # x1, x2 = cat_label_patch(x, y, y_wrong)
-    gamma1 = gamma2 = [0] * len(model.layers)
-    if collab:                                          # goodness from before this batch's updates
+    gamma1 = gamma2 = [0] * len(model.layers)           # FF Collab's goodness of the other layers
+    if collab:                                          # from before this batch's updates
         gamma1 = gammas(layer_goodness(model, x, y))
         gamma2 = gammas(layer_goodness(model, x, y_wrong))
     for l, layer in enumerate(model.layers):            # for l in range(L):

@@ -7,7 +7,7 @@
     python eval.py --margins 0.4 0.1 8              Fig. 4a, margins.png
     python eval.py --show-views --dataset cifar10   augmented images, views.png
 
-A run's folder holds all that is needed. Pictures need matplotlib, t-SNE scikit-learn.
+A run's folder holds all that is needed but the data. Graphs need matplotlib, t-SNE scikit-learn.
 """
 import argparse
 import csv
@@ -379,7 +379,8 @@ def draw_runs(groups, path):
 
 def draw_margins(m0, mL, L, path):
     """Fig. 4a: the margins of L layers from m0 down to mL, by each --decay."""
-    lines = {decay: margins(m0, mL, L, decay) for decay in SETTINGS["decay"][1]}
+    lines = {decay: margins(m0, mL, L, decay) for decay in SETTINGS["decay"][1]
+             if m0 != 0 or decay != "exponential"}
     for decay, m in lines.items():
         print(f"{decay:12s}" + " ".join(f"{value:.3f}" for value in m))
     figure, axis = pyplot().subplots(figsize=(6, 4), layout="constrained")

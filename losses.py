@@ -143,7 +143,7 @@ def marginal_contrastive_loss(f, y, margin, temperature=0.15):
 def saturated(f, y, margin):
     """R of Sec. 3.5 for all anchors: (2B, 2B) bool, True where j is in R(i), s_ij > 1 - m.
 
-    At s_ij = 1 - m exactly the pair is not saturated. Raises ValueError as the loss.
+    At s_ij = 1 - m exactly the pair is not saturated. ValueError for other shapes or margins.
     """
     _check(f, y, 1.0, margin)
     P, _ = _sets(y)
@@ -173,7 +173,7 @@ def _around(f, y, i, margin, temperature):
 
 def grad_anchor(f, y, k, margin, temperature):
     """dL_k/df_k (E,), Eq. 18: the gradient of an anchor's own loss; zeros if k has no positive.
-    Arguments and errors as `marginal_contrastive_loss`, here and below; k and i are row numbers."""
+    Arguments as `marginal_contrastive_loss`, ValueError for others; k and i are row numbers."""
     s, P, N, R, Rc, Z = _around(f, y, k, margin, temperature)
     if not P.any():
         return torch.zeros_like(f[k])

@@ -152,7 +152,7 @@ def make_optimizers(model, s, stage=1):
     """An AdamW for each layer; SCL and BP have one for all they train, stage 2 one for the head."""
     modules = {"scl": [model.layers], "bp": [model]}.get(s["algo"], model.layers)
     return [torch.optim.AdamW(module.parameters(), weight_decay=s["weight_decay"], fused=True)
-            for module in ([model.head] if stage == 2 else modules)]
+            for module in ([model.head] if stage == 2 else modules)]    # batches() sets the rate
 
 
 def batches(run):
@@ -192,7 +192,8 @@ def cut(order, y, s, stage=1):
 
 def validate(run):
     """The mean losses, (L,) or a scalar, on validation data: of training steps whose optimizers do
-    nothing, so that no loss needs a second function. The same draws every epoch."""
+    nothing, so that no loss needs a second function; the next training step's zero_grad drops the
+    gradients. The same draws every epoch."""
     s, stage, (images, y), total = run.settings, run.state["stage"], run.val, 0
     here = run.generator.get_state()
     run.generator.manual_seed(s["seed"])
@@ -215,7 +216,8 @@ def end_epoch(run, train_loss, val_loss, start):
     row = {"stage": state["stage"], "epoch": state["epoch"]}
     for name, losses in (("train_loss", fit), ("val_loss", val)):
         row |= {f"{name}_{l}": round(loss, 6) for l, loss in zip(layers, losses)}
-    text = f"{row['epoch']:4d} " + "".join(f" {loss:6.3f}" for loss in fit) + f" | {val[-1]:6.3f}"
+    text = "head" if state["stage"] == 2 else ""
+    text += f"{row['epoch']:4d} " + "".join(f" {loss:6.3f}" for loss in fit) + f" | {val[-1]:6.3f}"
     if state["stage"] == 1:
         row |= measure(run)
         text += f" | {row['probe']:5.1f} %"
@@ -275,7 +277,7 @@ def layer_features(run, images):
 
 
 def probe(f, y, test_f, test_y, num_classes):
-    """Accuracy in % on test_f of a linear classifier fitted to f (n, E), y (n,), least squares."""
+    """Accuracy in % on test_f of a linear classifier of f (n, E), y (n,): least squares, a ridge."""
     f, y, test_f, test_y = (t.cpu() for t in (f, y, test_f, test_y))    # MPS has no float64
     X, test_X = (pad(f, (0, 1), value=1).double() for f in (f, test_f))         # (n, E + 1)
     ridge = 1e-6 * X.square().sum() * torch.eye(X.shape[1], dtype=X.dtype)
@@ -385,8 +387,8 @@ def draw_some(n, generator):
     x, y, radius = place(8, 13, room=3.5)
     distance = torch.empty_like(x)
     for label, outline in enumerate(SHAPES.values()):
-        rows = slice(label, None, len(SHAPES))
-        distance[rows] = outline(x[rows], y[rows])
+        own = slice(label, None, len(SHAPES))
+        distance[own] = outline(x[own], y[own])
     image = paint(image, back + rand(0.3, 0.7, 3), distance, radius)    # brighter than behind it
     image = image + 0.03 * torch.randn(n, 3, 32, 32, generator=generator)
     return (image.clamp(0, 1) * 255).to(torch.uint8)
@@ -660,6 +662,8 @@ def parse(argv=None):
         parser.error(f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if s["head"] and s["algo"] not in WITH_LABELS:
         parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
+    if s["recipe"] == "mlp" and not s["model"].startswith("mlp"):
+        parser.error(f"--recipe mlp is not for {s['model']}: add --model mlp-800-4, or another MLP")
     return s | {"out": str(folder)}, resume
 
 

@@ -1,7 +1,7 @@
 """The networks of the paper, layer by layer: ViT[E H L] (Section 3.4) and MLP[E L] (Section 4).
 
     B  images in a batch            #P  patches of an image, D/#P numbers each
-    E  embedding width              T   tokens: the patches, and a label's or a class token
+    E  embedding width              T   tokens: patches, a label's, and after layer 1 a class token
     H  heads, each of width E/H     D   numbers in an image, channels * height * width
     L  layers
 
@@ -174,7 +174,7 @@ class MLP(nn.Module):
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(*sizes), nn.ReLU())
                                     for sizes in zip(widths, widths[1:]))
-        if labels:      # inputs have length 1; PyTorch's U(-1, 1)/sqrt(n) is for n of variance 1
+        if labels:      # PyTorch's U(-1, 1)/sqrt(n) is for inputs of length sqrt(n), these have 1
             for layer in self.layers:
                 nn.init.uniform_(layer[0].weight, -1, 1)
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
@@ -192,15 +192,15 @@ class MLP(nn.Module):
         return h
 
 
-def label_rows(labels, y):
-    """The rows of labels for y (B,), None without; y = -1 is the neutral label, the last row.
+def label_rows(table, y):
+    """The rows of a table for labels y (B,), None without; y = -1 is the neutral one, the last.
 
     Raises ValueError if labels come to a model that takes none, or do not where it takes them.
     """
-    if (labels is None) != (y is None):
+    if (table is None) != (y is None):
         raise ValueError("a model built without labels takes images alone, one built with labels "
                          "takes images and y, -1 for neutral")
-    return None if y is None else labels[y]
+    return None if y is None else table[y]
 
 
 def linear_head(embed_dim, num_layers, num_classes, labels):

@@ -464,6 +464,7 @@ def test_a_reader_that_goes_away_ends_a_run_with_one_line(tmp_path):
     (["--views", "1", "--limit", "36", "--batch-size", "2", "--seed", "8"], "two images of a"),
     (["--limit", "10"], "need two classes"), (["--algo", "bp", "--head"], "--head is for ff"),
     (["--decay", "exponential", "--m0", "0"], "needs m0 > 0"),
+    (["--recipe", "mlp"], "not for vit-64-4-3"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as ended:

@@ -277,7 +277,7 @@ def layer_features(run, images):
 
 
 def probe(f, y, test_f, test_y, num_classes):
-    """Accuracy in % on test_f of a linear classifier of f (n, E), y (n,): least squares, a ridge."""
+    """Accuracy in % on test_f of a linear classifier of f (n, E), y: least squares with ridge."""
     f, y, test_f, test_y = (t.cpu() for t in (f, y, test_f, test_y))    # MPS has no float64
     X, test_X = (pad(f, (0, 1), value=1).double() for f in (f, test_f))         # (n, E + 1)
     ridge = 1e-6 * X.square().sum() * torch.eye(X.shape[1], dtype=X.dtype)

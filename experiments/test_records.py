@@ -124,8 +124,10 @@ def test_the_sentences_have_the_accuracies_of_their_runs():
             f"CFF's {of['mnist-cff']}, with {of['mnist-ff']} (FF), {of['mnist-symba']} (SymBa) and "
             f"{of['mnist-collab']} (FF Collab)",
             f"it has {of['cifar10-full60-cffm-s0']} and BP {of['cifar10-full60-bp-s0']}, whose",
-            f"also on CIFAR-10 ({of[mlp + 'cffm-edge']} against {of[mlp + 'cff-edge']}), and on "
-            f"`shapes` ({of['shapes-cffm']} against {of['shapes-cff']})",
+            f"also on CIFAR-10 ({of[mlp + 'cffm-edge']} against {of[mlp + 'cff-edge']}), on "
+            f"the drawn `shapes` ({of['shapes-cffm']} against one seed's {of['shapes-cff']}), and "
+            f"in short runs with each seed ({of['cifar10-short-cffm']} against "
+            f"{of['cifar10-short-cff']})",
             f"on MNIST as in the paper ({of['mnist800-bp']} against {of['mnist800-cffm']}), on "
             f"CIFAR-10 without crops unlike there ({of[mlp + 'bp']} against "
             f"{of[mlp + 'cffm-flip']})",
@@ -253,7 +255,7 @@ def converged(name):
 def test_what_is_said_of_epochs_of_the_tenth_is_so():
     best = {runs: "{}, {} and {}".format(*(evaluation.read_record(
         RECORDS / f"tenth-{runs}-s{seed}").result["best_epoch"] for seed in range(3)))
-        for runs in ("cffm-randaug", "cffm-token", "bp-randaug", "ff")}
+        for runs in ("cffm-randaug", "cffm-token", "cffm-views1", "bp-randaug", "ff")}
     mean = {algo: evaluation.spread([converged(f"tenth-{algo}-s{seed}") for seed in range(3)], 0)
             for algo in ("bp", "cff", "cffm", "ff")}
     cffm, bp, symba = (evaluation.read_record(RECORDS / run) for run in (
@@ -269,13 +271,14 @@ def test_what_is_said_of_epochs_of_the_tenth_is_so():
                  f"validation loss is least in epoch {best['cffm-randaug']} of 200, BP's in "
                  f"{best['bp-randaug']}.",
                  f"validation loss is least in epoch {best['cffm-token']} of 200: neither",
-                 "with means of {tenth-cffm-views1} and {tenth-cffm}; why".format(**probes()),
+                 "with means of {tenth-cffm-views1} and {tenth-cffm}; its ".format(**probes())
+                 + f"validation loss is least in epoch {best['cffm-views1']} of 200",
                  "SymBa's last layer has {tenth-symba-s0}, FF's {tenth-ff-s0};".format(**probes()),
                  "level, with means of {tenth-cffm} and {tenth-cff}".format(**probes()),
                  "also by the probe of the last 20 epochs, with means of {tenth-cffm} and "
                  "{tenth-bp}.".format(**probes()),
-                 "tenth, with {bp} epochs, as in the paper, and CFF+M takes {cffm}.".format(**mean),
-                 f"CFF after {mean['cff']} epochs, FF after {mean['ff']} of 200;"):
+                 "the tenth CFF takes {cff}, and BP {bp}, fewer than CFF+M".format(**mean),
+                 "CFF+M after {cffm} epochs, FF after {ff} of 200;".format(**mean)):
         assert said in text, f"not said: {said}"
     for what, seeds in (("", 3), ("-missing80", 2)):        # "with each seed", also by the probe
         for seed in range(seeds):
@@ -318,12 +321,18 @@ def test_what_is_said_of_each_seed_is_so():
         return all(a > b for a, b in zip(better, worse, strict=True))
 
     text = " ".join(section("## The claims").split())
-    cff, cffm, bp, cffm_randaug, bp_randaug, one_view = (of_seeds(f"tenth-{name}") for name in (
-        "cff", "cffm", "bp", "cffm-randaug", "bp-randaug", "cffm-views1"))
+    cff, cffm, bp, cffm_randaug, bp_randaug, one_view, token = (
+        of_seeds(f"tenth-{name}") for name in (
+            "cff", "cffm", "bp", "cffm-randaug", "bp-randaug", "cffm-views1", "cffm-token"))
     lead = "{:.1f}, {:.1f} and {:.1f}".format(*(a - b for a, b in zip(cff, cffm, strict=True)))
     assert above(cff, cffm) and f"with each seed on the test images, by {lead} points" in text
-    cost = "{:.1f}, {:.1f} and {:.1f}".format(*(a - b for a, b in zip(cffm, one_view)))
-    assert f"By seeds it costs {cost} points" in text
+    for usual, other, of_paper in ((cffm, one_view, "the paper has 1.42"),
+                                   (cffm_randaug, token, "in the paper it costs 5")):
+        cost = "{:.1f}, {:.1f} and {:.1f}".format(*(a - b for a, b in zip(usual, other)))
+        assert f"By seeds it costs {cost} points, where {of_paper}" in text
+    short = [evaluation.read_record(RECORDS / f"cifar10-short-{name}").accuracy("test")
+             for name in ("cffm-s0", "s1", "s2")]
+    assert above(short, of_seeds("cifar10-short-cff")) and "short runs with each seed" in text
     assert above(cffm, bp) and "With each seed CFF+M is ahead" in text
     assert above(bp_randaug, cffm_randaug) and "seen with each seed" in text
     assert above(bp_randaug, bp) and above(cffm, cffm_randaug) and "only BP gains by R" in text
@@ -339,7 +348,7 @@ def test_what_is_said_of_each_seed_is_so():
         assert above(*costs)
     assert "cost CFF+M more than BP with each seed: at 20 %" in text
     assert above(of_seeds("short-cffm-missing80-long"), of_seeds("short-bp-missing80-long"))
-    assert "80 % missing, it is ahead with each seed" in text
+    assert "short recipe, it is ahead with each seed" in text
 
 
 def test_the_rates_of_the_tenth_have_the_records_validation_losses():

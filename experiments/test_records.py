@@ -280,6 +280,9 @@ def test_what_is_said_of_epochs_of_the_tenth_is_so():
                  "the tenth CFF takes {cff}, and BP {bp}, fewer than CFF+M".format(**mean),
                  "CFF+M after {cffm} epochs, FF after {ff} of 200;".format(**mean)):
         assert said in text, f"not said: {said}"
+    large = (evaluation.read_record(RECORDS / f"tenth-cffm-m0{m}-s0") for m in (6, 8))
+    assert "is least in epoch {} and {} of 200: they".format(
+        *(record.result["best_epoch"] for record in large)) in " ".join(README.split())
     for what, seeds in (("", 3), ("-missing80", 2)):        # "with each seed", also by the probe
         for seed in range(seeds):
             cffm, bp = (float(probes()[f"tenth-{a}{what}-s{seed}"]) for a in ("cffm", "bp"))

@@ -644,6 +644,8 @@ def parse(argv=None):
     for name, (_, allowed, _) in SETTINGS.items():
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
+    if s["recipe"] == "mlp" and not s["model"].startswith("mlp"):
+        parser.error(f"--recipe mlp is not for {s['model']}: add --model mlp-800-4, or another MLP")
     if not s["out"]:
         known = ("dataset", "algo", "model", "seed", "data_dir", "device", "out")
         others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in known]
@@ -662,8 +664,6 @@ def parse(argv=None):
         parser.error(f"{folder} holds a run: go on with it (--resume), or name another (--out)")
     if s["head"] and s["algo"] not in WITH_LABELS:
         parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
-    if s["recipe"] == "mlp" and not s["model"].startswith("mlp"):
-        parser.error(f"--recipe mlp is not for {s['model']}: add --model mlp-800-4, or another MLP")
     return s | {"out": str(folder)}, resume
 
 

@@ -275,6 +275,12 @@ def test_beside_other_work_a_run_says_what_to_type(monkeypatch, capsys, all_thre
     assert capsys.readouterr().out.endswith(line) == said and asked[-1] == 2
 
 
+def test_the_line_of_a_heads_epoch_says_so(tmp_path, capsys):
+    run_main(*TINY, "--out", tmp_path)
+    encoder, head, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert encoder.startswith("   1 ") and head.startswith("head   1 ")
+
+
 def test_resume_takes_as_many_threads_unless_others_are_asked_for(tmp_path, monkeypatch):
     run_main(*TINY, "--out", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -667,6 +673,9 @@ def test_fig5_numbers_stand_without_pictures(finished, capsys, monkeypatch):
     assert run_eval(finished / "m2", "--layers", "--figure", "a.png") == 2, "it is layers.png"
     assert run_eval("--margins", 0.4, 0.1, 3) == 2
     assert "linear      0.400 0.250 0.100" in capsys.readouterr().out
+    run_eval("--margins", 0, 0.1, 3)
+    shown = capsys.readouterr().out
+    assert "linear      0.000 0.050 0.100" in shown and "exponential" not in shown
 
 
 def test_pictures_of_layers_runs_margins_and_views(finished, tmp_path, monkeypatch):

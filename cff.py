@@ -62,6 +62,18 @@ def one_forward_step(model, optimizers, x, y, augment, margins, temperature):
     return torch.stack(losses)
 
 
+@torch.no_grad()
+def cff_losses(model, x, y, augment, margins, temperature, views=2):
+    """The losses that `cff_step` would return for one batch, without training: (L,)."""
+    by_view = [encode(model, augment(x)) for _ in range(views)]
+    y = y.repeat(views)
+    losses = []
+    for l, m in enumerate(margins):
+        f = torch.cat([pooled[l] for pooled in by_view])                    # (views * B, E)
+        losses.append(marginal_contrastive_loss(normalize(f), y, m, temperature))
+    return torch.stack(losses)
+
+
 def update(optimizer, loss):
     """One step of backpropagation from this loss; returns it without its graph."""
     optimizer.zero_grad()
@@ -109,6 +121,17 @@ def collab_step(model, optimizers, x, y, augment, threshold=2.0, generator=None)
     return ff_step(model, optimizers, x, y, augment, loss, generator, collab=True)
 
 
+@torch.no_grad()
+def ff_losses(model, x, y, augment, loss, generator=None, collab=False):
+    """The losses that `ff_step` would return for one batch, without training: (L,)."""
+    x = augment(x)
+    y_wrong = wrong_labels(y, model.num_classes, generator)
+    G_pos, G_neg = layer_goodness(model, x, y), layer_goodness(model, x, y_wrong)       # (L, B)
+    if collab:
+        G_pos, G_neg = G_pos + gammas(G_pos), G_neg + gammas(G_neg)
+    return torch.stack([loss(g_pos, g_neg) for g_pos, g_neg in zip(G_pos, G_neg)])
+
+
 def wrong_labels(y, num_classes, generator=None):
     """For each label of y (B,) one of the other classes, all equally likely: (B,), never y.
 
@@ -139,9 +162,8 @@ def layer_goodness(model, images, y):
 def encode(model, images, y=None):
     """Each layer's pooled output: images (B, C, height, width), labels y (B,) -> L tensors (B, E).
 
-    Nothing is detached here, but a `vit.LocalLossLayer` detaches: bp_step and scl_step want a model
-    without it. Without y the model gets images alone, or the neutral label if it takes labels
-    (Table 2).
+    Nothing is detached. Without y the model gets images alone, or the neutral label if it takes
+    labels (Table 2).
     """
     if y is None and model.labels is not None:
         y = torch.full((len(images),), -1, device=images.device)
@@ -156,27 +178,42 @@ def encode(model, images, y=None):
 
 def bp_step(model, optimizer, x, y, augment):
     """Train encoder and head end to end on one batch (BP+CE, Fig. 1a); returns the loss."""
+    return update(optimizer, bp_loss(model, x, y, augment))
+
+
+def bp_loss(model, x, y, augment):
+    """Cross-entropy of the head's scores on one batch -> scalar."""
     f = encode(model, augment(x))[-1]
-    return update(optimizer, cross_entropy(model.head(f), y))
+    return cross_entropy(model.head(f), y)
 
 
 def scl_step(model, optimizer, x, y, augment, temperature, views=2):
     """Train the encoder by Eq. 3 after its last layer alone (SCL, Fig. 1c); returns the loss."""
+    return update(optimizer, scl_loss(model, x, y, augment, temperature, views))
+
+
+def scl_loss(model, x, y, augment, temperature, views=2):
+    """Eq. 3 of the last layer's output on one batch -> scalar."""
     f = encode(model, torch.cat([augment(x) for _ in range(views)]))[-1]
-    return update(optimizer, contrastive_loss(normalize(f), y.repeat(views), temperature))
+    return contrastive_loss(normalize(f), y.repeat(views), temperature)
+
+
+def head_step(model, optimizer, x, y, augment):
+    """Stage 2: train the linear head on one batch, the encoder frozen; returns the loss."""
+    return update(optimizer, head_loss(model, x, y, augment))
+
+
+def head_loss(model, x, y, augment):
+    """Cross-entropy of the head's scores on one batch, the encoder frozen -> scalar."""
+    with torch.no_grad():
+        f = features(model, augment(x))
+    return cross_entropy(model.head(f), y)
 
 
 def features(model, images):
     """What the head reads: (B, E), or with labels (B, (L - 1) E), all layers but the first."""
     pooled = encode(model, images)
     return pooled[-1] if model.labels is None else torch.cat(pooled[1:] or pooled, dim=1)
-
-
-def head_step(model, optimizer, x, y, augment):
-    """Stage 2: train the linear head on one batch, the encoder frozen; returns the loss."""
-    with torch.no_grad():
-        f = features(model, augment(x))
-    return update(optimizer, cross_entropy(model.head(f), y))
 
 
 # ------------------------------------------------------------------------------------- prediction

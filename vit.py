@@ -58,14 +58,11 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        return self.attend(self.qkv(x))
-
-    def attend(self, qkv):
-        """What follows the projection to queries, keys and values: (B, T, 3E) -> (B, T, E)."""
-        B, T, E = *qkv.shape[:2], self.out.in_features
+        B, T, E = x.shape
         H, d = self.num_heads, E // self.num_heads
-        q, k, v = qkv.view(B, T, 3, H, d).permute(2, 0, 3, 1, 4)            # (B, H, T, d) each
-        h = F.scaled_dot_product_attention(q, k, v)         # softmax(q k^T / sqrt(d)) v
+        q, k, v = self.qkv(x).view(B, T, 3, H, d).permute(2, 0, 3, 1, 4)    # (B, H, T, d) each
+        scores = (q / d ** 0.5) @ k.transpose(2, 3)         # q k^T / sqrt(d), (B, H, T, T)
+        h = scores.softmax(dim=3) @ v                       # softmax(q k^T / sqrt(d)) v
         return self.out(h.transpose(1, 2).reshape(B, T, E))
 
 
@@ -116,13 +113,11 @@ class ViT(nn.Module):
 
     pool: "mean" over the tokens (Eq. 13) or "token", the class token's output (Table 5). labels:
     None, or "patch": a random, fixed patch for each class stands before the image's (Algorithm 1,
-    right). local_loss=True: trained by a loss of each layer's pooled output alone, which spares a
-    quarter of the work. Raises ValueError for another pool or other labels, and as `patchify` and
-    `Attention`.
+    right). Raises ValueError for another pool or other labels, and as `patchify` and `Attention`.
     """
 
     def __init__(self, image_shape, num_classes, embed_dim, num_heads, num_layers, labels=None,
-                 patch_size=4, pool="mean", position_std=1.0, local_loss=False):
+                 patch_size=4, pool="mean", position_std=1.0):
         super().__init__()
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
@@ -134,10 +129,8 @@ class ViT(nn.Module):
         self.register_buffer("labels", table)           # its last row, zeros: the neutral label
         embedding = PatchEmbedding(patch_dim, num_tokens + bool(labels), embed_dim,
                                    pool == "token", position_std)
-        self.layers = nn.ModuleList(
-            LocalLossLayer(embed_dim, num_heads, pool, l == num_layers) if local_loss
-            else EncoderLayer(embed_dim, num_heads) for l in range(1, num_layers + 1))
-        self.layers[0] = nn.Sequential(embedding, self.layers[0])
+        first, *others = [EncoderLayer(embed_dim, num_heads) for _ in range(num_layers)]
+        self.layers = nn.ModuleList([nn.Sequential(embedding, first), *others])
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
     def patches(self, images, y=None):
@@ -146,8 +139,8 @@ class ViT(nn.Module):
         return x if y is None else torch.cat([label[:, None], x], dim=1)
 
     def pool(self, h):
-        """A layer's output, one vector an image: (B, T, E) -> (B, E). Eq. 13: 1/T sum_j f_ij."""
-        return h.pooled if hasattr(h, "pooled") else pool_tokens(h, self.pooling)
+        """One vector for each image: (B, T, E) -> (B, E). Eq. 13: 1/T sum_j f_ij, or the token."""
+        return h.mean(dim=1) if self.pooling == "mean" else h[:, 0]
 
 
 class MLP(nn.Module):
@@ -195,12 +188,18 @@ class MLP(nn.Module):
 def label_rows(table, y):
     """The rows of a table for labels y (B,), None without; y = -1 is the neutral one, the last.
 
-    Raises ValueError if labels come to a model that takes none, or do not where it takes them.
+    Raises ValueError if y is unexpectedly given or missing, and (not on a GPU, where looking at y
+    would make every batch wait) for a label outside 0..C-1 that is not -1.
     """
     if (table is None) != (y is None):
         raise ValueError("a model built without labels takes images alone, one built with labels "
                          "takes images and y, -1 for neutral")
-    return None if y is None else table[y]
+    if y is None:
+        return None
+    C = len(table) - 1
+    if y.device.type == "cpu" and not ((y >= -1) & (y < C)).all():
+        raise ValueError(f"labels must be 0..{C - 1}, or -1 for neutral; got {y.tolist()}")
+    return table[y]
 
 
 def linear_head(embed_dim, num_layers, num_classes, labels):
@@ -217,8 +216,8 @@ def plain_name(name):
 def build_model(name, image_shape, num_classes, labels=None, **options):
     """A model from its name: "ViT[128 4 5]" or "vit-128-4-5", "MLP[800 4]" or "mlp-800-4".
 
-    image_shape (C, height, width). labels, and for a ViT patch_size, pool, position_std and
-    local_loss, as the two classes take them. Raises ValueError for another name, and as they do.
+    image_shape (C, height, width). labels, and for a ViT patch_size, pool and position_std, as the
+    two classes take them. Raises ValueError for another name, and as they do.
     """
     kind, *sizes = plain_name(name).split("-")
     known = (kind, len(sizes)) in (("vit", 3), ("mlp", 2))
@@ -227,43 +226,3 @@ def build_model(name, image_shape, num_classes, labels=None, **options):
                          f"got {name!r}")
     model = ViT if kind == "vit" else MLP
     return model(image_shape, num_classes, *map(int, sizes), labels=labels, **options)
-
-
-# ----------------------------------------------------- the same by less work (not in the paper)
-
-class LocalLossLayer(EncoderLayer):
-    """An EncoderLayer trained by a loss of pool(f) alone: equal but for rounding, with less work.
-
-    Where gradients are asked for, f comes without a graph and f.pooled, (B, E), with one; of the
-    last layer, whose f no layer reads, pool(f) comes as (B, 1, E). W2's backward pass has a row an
-    image, and from layer 2 on none goes through W_qkv to LN(x). pooling: "mean" or "token".
-    """
-
-    def __init__(self, embed_dim, num_heads, pooling, is_last):
-        super().__init__(embed_dim, num_heads)
-        self.pooling, self.is_last = pooling, is_last
-
-    def forward(self, x):
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        qkv, norm, (first, gelu, second) = self.attention.qkv, self.norm1, self.mlp
-        if x.requires_grad:                                     # layer 1: the embedding's output
-            z = self.attention(norm(x)) + x
-        else:       # LN(x) W^T + b = x_hat (W diag(g))^T + (b + W beta)
-            x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
-            z = self.attention.attend(F.linear(x_hat, qkv.weight * norm.weight,
-                                               qkv.bias + qkv.weight @ norm.bias)) + x
-        u = gelu(first(self.norm2(z)))
-        # pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)
-        pooled = second(pool_tokens(u, self.pooling)) + pool_tokens(z, self.pooling)
-        if self.is_last:
-            return pooled[:, None]
-        with torch.no_grad():
-            f = second(u) + z
-        f.pooled = pooled
-        return f
-
-
-def pool_tokens(h, kind):
-    """(B, T, E) -> (B, E) by "mean" or "token"; a sum, as mean's backward writes out T rows."""
-    return h.sum(dim=1) / h.shape[1] if kind == "mean" else h[:, 0]

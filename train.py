@@ -3,57 +3,58 @@
     python train.py                                  ten drawn shapes, nothing to download
     python train.py --dataset cifar10 --algo cffm    the paper's ViT[128 4 5], 600 + 50 epochs
     python train.py --dataset cifar10 --algo cffm --model vit-64-4-4 --limit 10000 --recipe short
-    python train.py --dataset mnist --algo ff --recipe mlp
-    python train.py --resume --out runs/NAME         go on where a run stopped
+    python train.py --dataset mnist --algo ff
+    python train.py --resume --out runs/NAME         continue a run that was stopped
 
-A run is a folder: config.json (every setting), log.csv (a row an epoch), best.pt (the weights),
-last.pt (where --resume goes on), result.json (test accuracy). `python eval.py runs/NAME` reads it.
+A run is a folder: checkpoint.pt (the weights, and all that --resume needs) and, for people,
+config.json (every setting), log.csv (one row per epoch), result.json (test accuracy).
+`python eval.py runs/NAME` evaluates it.
 """
 import argparse
+import io
 import json
 import math
 import os
 import platform
-import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from shlex import quote
+from shlex import join
 from timeit import timeit
+from traceback import extract_tb
 from types import SimpleNamespace
 
 import torch
 import torchvision
-from filelock import FileLock, Timeout          # torch itself needs it
 from torch.nn.functional import normalize, one_hot, pad
 from torchvision.transforms import v2
 
-from cff import (bp_step, cff_step, collab_step, encode, ff_step, head_step, predict, scl_step,
-                 wrong_labels)
+from cff import (bp_loss, bp_step, cff_losses, cff_step, collab_step, encode, ff_losses, ff_step,
+                 head_loss, head_step, predict, scl_loss, scl_step, wrong_labels)
 from losses import ff_loss, margins, saturated, symba_loss
 from vit import build_model, plain_name
 
 # ---------------------------------------------------------------------------------------- settings
 
 FROM_0, FROM_1 = (0, math.inf), (1, math.inf)
-# name: (default, what it may be, meaning); a list holds the choices, a pair the least and the most.
-# Defaults are the paper's or, where it is silent, those of its authors' code.
+# name: (default, allowed values, meaning); a list holds the choices, a pair the smallest and the
+# largest number. Defaults are the paper's or, where it is silent, those of its authors' code.
 SETTINGS = {
     "dataset": ("shapes", ["shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"], "the data"),
     "algo": ("cffm", ["cff", "cffm", "ff", "symba", "collab", "scl", "bp"], "the method"),
     "model": ("vit-128-4-5", None, '"ViT[E H L]" or "MLP[E L]", also written vit-E-H-L, mlp-E-L'),
     "recipe": ("none", ["none", "short", "tenth", "mlp"], "settings for less data, or for MLPs"),
     "data_dir": ("data", None, "folder of the data sets; what is missing there is downloaded"),
-    "limit": (0, FROM_0, "training images to use, and a ninth of it for validation; 0 is all"),
+    "limit": (0, FROM_0, "training images to use, and a ninth as many for validation; 0: all"),
     "missing": (0.0, (0, 1), "fraction of training and validation images left out (Table 4)"),
     "label_noise": (0.0, (0, 1), "fraction of training and validation labels made wrong (Table 4)"),
     "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "crop flips too; MNIST never"),
     "padding": (4, FROM_0, "pixels put around an image before its crop"),
-    "fill": ("zeros", ["zeros", "edge"], "what these pixels are: zeros, or the image's edge again"),
+    "fill": ("zeros", ["zeros", "edge"], "their value: zero, or that of the nearest pixel"),
     "patch_size": (4, FROM_1, "side of a patch in pixels"),
     "pool": ("mean", ["mean", "token"], "what a loss sees: mean (Eq. 13) or class token (Table 5)"),
-    "position_std": (1.0, FROM_0, "standard deviation of the position embedding at the start"),
+    "position_std": (1.0, FROM_0, "standard deviation of the initial position embedding"),
     "views": (2, [1, 2], "augmented views of a batch; 1 is one-forward (Table 6)"),
     "epochs": (600, FROM_1, "epochs of stage 1, the encoder"),
     "head_epochs": (50, FROM_1, "epochs of stage 2, the linear head"),
@@ -63,29 +64,28 @@ SETTINGS = {
     "weight_decay": (0.01, FROM_0, "weight decay of AdamW"),
     "warmup": (0, FROM_0, "updates in which the learning rate of stage 1 rises to --lr"),
     "schedule": ("constant", ["constant", "cosine"], "learning rate; cosine falls to 0"),
-    "temperature": (0.15, (1e-6, math.inf), "tau of Eqs. 3 and 15"),
+    "temperature": (0.15, (1e-6, 1e6), "tau of Eqs. 3 and 15"),
     "m0": (0.4, (0, 2), "margin of the first layer (Sec. 4.1)"),
     "mL": (0.1, (0, 2), "margin of the last layer"),
     "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "margins between them"),
     "threshold": (2.0, FROM_0, "theta of Eq. 2 (ff, collab)"),
-    "alpha": (1.0, (1e-6, math.inf), "alpha of Eq. 7 (symba)"),
+    "alpha": (1.0, (1e-6, 1e6), "alpha of Eq. 7 (symba)"),
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
-    "plain": (False, None, "no short cut through a layer's work (vit.LocalLossLayer)"),
-    "seed": (0, None, "of the validation split, the weights and every draw"),
+    "seed": (0, (0, 2 ** 63 - 1), "of the validation split, the initial weights and every draw"),
     "precision": ("tf32", ["fp32", "tf32", "bf16"], "tf32: all products on a GPU; bf16: layers'"),
     "device": ("auto", ["auto", "cpu", "cuda", "mps"], "auto: a GPU if there is one; mps: untried"),
-    "out": ("", None, "folder of the run; if not given, runs/ and a name made of the settings"),
+    "out": ("", None, "folder of the run; by default runs/ and a name made of the settings"),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
-# What differs by recipe, then by data set; what is typed comes last.
+# What differs by data set, and by recipe ("RECIPE METHOD": for that method alone)
 BY_DATASET = {
     "shapes": dict(recipe="short", model="vit-64-4-3", patch_size=8, head_epochs=4),
-    "mnist": dict(model="mlp-500-3", augment="none"),
+    "mnist": dict(recipe="mlp", model="mlp-500-3", augment="none", views=1),
     "cifar100": dict(model="vit-192-6-6"),
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
 FF_ON_MLP = dict(lr=0.2, weight_decay=0.0, epochs=40)
-RECIPES = {         # found here (experiments/README.md); "RECIPE METHOD": what it has instead
+RECIPES = {         # found here (experiments/README.md), except the first
     "none bp": dict(lr=0.0005),                                     # the authors' code's
     "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, warmup=80,
                   position_std=0.02, schedule="cosine", head_lr=0.005),
@@ -97,175 +97,186 @@ RECIPES = {         # found here (experiments/README.md); "RECIPE METHOD": what 
     "mlp ff": FF_ON_MLP, "mlp collab": FF_ON_MLP, "mlp symba": dict(FF_ON_MLP, lr=0.1, alpha=4.0),
     "mlp bp": dict(lr=0.0005),
 }
-METRIC = {"cifar100": "top5", "tinyimagenet": "top10"}      # of the others top1 (Section 4)
+METRIC = {"cifar100": "top5", "tinyimagenet": "top10"}      # others: top1 (Section 4)
 WITH_LABELS = ("ff", "symba", "collab")                     # methods whose images carry a label
 
 
 # ---------------------------------------------------------------------------------------- training
 
 def train(run):
-    """Stage 1, the encoder, and stage 2, the head, from where `run` stands; then the test."""
-    s, state = run.settings, run.state
-    while state["stage"] <= stages(s):
-        step = make_step(s, run.model, run.optimizers, run.augment, run.generator, state["stage"])
-        while state["epoch"] < s["epochs" if state["stage"] == 1 else "head_epochs"]:
+    """Stage 1, the encoder, and stage 2, the head, from where the run stands; then the test."""
+    s, (images, labels) = run.settings, run.train
+    while run.stage <= stages(s):
+        epochs = s.epochs if run.stage == 1 else s.head_epochs
+        while run.epoch < epochs:
             start, total, n = time.time(), 0, 0
-            for x, y in batches(run):
-                losses = step(x, y)                     # (L,); SCL's, BP's and the head's a scalar
-                total += len(y) * losses
-                n += len(y)
+            batches = shuffled_batches(run)
+            for i, rows in enumerate(batches):
+                set_learning_rate(run, i)
+                losses = train_on(run, images[rows], labels[rows])      # (L,), or a scalar
+                total += len(rows) * losses
+                n += len(rows)
+                show_progress(f"epoch {run.epoch + 1}/{epochs}: batch {i + 1}/{len(batches)}")
             end_epoch(run, total / n, validate(run), start)
-        run.end_stage()
-    return run.test_model()
+        run.model.load_state_dict(run.best)             # the epoch with the lowest validation loss
+        run.stage, run.epoch, run.best_loss = run.stage + 1, 0, math.inf
+        run.optimizers = make_optimizers(run.model, s, stage=2)
+    return test(run)
 
 
 def stages(s):
     """2 where a head is trained on the frozen encoder; FF needs none, and BP has trained it."""
-    return 2 if s["algo"] in ("cff", "cffm", "scl") or s["head"] else 1
+    return 2 if s.algo in ("cff", "cffm", "scl") or s.head else 1
 
 
-def make_step(s, model, optimizers, augment, generator, stage=1):
-    """step(x, y): trains on one batch by the settings s; returns the losses, (L,) or a scalar."""
-    ff = partial(ff_step, model, optimizers, augment=augment, generator=generator)
-    of_views = dict(augment=augment, temperature=s["temperature"], views=s["views"])
-    cff = partial(cff_step, model, optimizers, margins=layer_margins(s, model), **of_views)
-    steps = {
-        "cff": cff, "cffm": cff,
-        "ff": partial(ff, loss=partial(ff_loss, threshold=s["threshold"])),
-        "symba": partial(ff, loss=partial(symba_loss, alpha=s["alpha"])),
-        "collab": partial(collab_step, model, optimizers, augment=augment,
-                          threshold=s["threshold"], generator=generator),
-        "scl": partial(scl_step, model, optimizers[0], **of_views),
-        "bp": partial(bp_step, model, optimizers[0], augment=augment),
-        "head": partial(head_step, model, optimizers[0], augment=augment),
-    }
-    return steps[s["algo"] if stage == 1 else "head"]
-
-
-def layer_margins(s, model):
-    """The margin of each layer, 0 but with cffm."""
-    L = len(model.layers)
-    return margins(s["m0"], s["mL"], L, s["decay"]) if s["algo"] == "cffm" else L * [0.0]
+def train_on(run, x, y):
+    """Train on one batch by the run's method: the losses by layer (L,); SCL, BP, head: a scalar."""
+    s, model, optimizers, augment = run.settings, run.model, run.optimizers, run.augment
+    if run.stage == 2:
+        return head_step(model, optimizers[0], x, y, augment)
+    if s.algo in ("cff", "cffm"):
+        return cff_step(model, optimizers, x, y, augment, run.margins, s.temperature, s.views)
+    if s.algo in ("ff", "symba"):
+        return ff_step(model, optimizers, x, y, augment, run.goodness_loss, run.generator)
+    if s.algo == "collab":
+        return collab_step(model, optimizers, x, y, augment, s.threshold, run.generator)
+    if s.algo == "scl":
+        return scl_step(model, optimizers[0], x, y, augment, s.temperature, s.views)
+    return bp_step(model, optimizers[0], x, y, augment)
 
 
 def make_optimizers(model, s, stage=1):
-    """An AdamW for each layer; SCL and BP have one for all they train, stage 2 one for the head."""
-    modules = {"scl": [model.layers], "bp": [model]}.get(s["algo"], model.layers)
-    return [torch.optim.AdamW(module.parameters(), weight_decay=s["weight_decay"], fused=True)
-            for module in ([model.head] if stage == 2 else modules)]    # batches() sets the rate
+    """One AdamW per layer; SCL and BP have one for all they train, stage 2 one for the head."""
+    modules, lr = {"scl": [model.layers], "bp": [model]}.get(s.algo, model.layers), s.lr
+    if stage == 2:
+        modules, lr = [model.head], s.head_lr
+    return [torch.optim.AdamW(module.parameters(), lr, weight_decay=s.weight_decay, fused=True)
+            for module in modules]
 
 
-def batches(run):
-    """The training batches (x, y) of the next epoch, the learning rate set for each."""
-    images, y = run.train
-    for rate, rows in plan(run):
-        for optimizer in run.optimizers:
-            optimizer.param_groups[0]["lr"] = rate
-        yield images[rows], y[rows]
+def set_learning_rate(run, i):
+    """Set the learning rate for batch i of the current epoch, by --warmup and --schedule."""
+    s, per_epoch = run.settings, math.ceil(len(run.train[1]) / run.settings.batch_size)
+    epochs, lr, warmup = s.epochs, s.lr, s.warmup
+    if run.stage == 2:
+        epochs, lr, warmup = s.head_epochs, s.head_lr, 0
+    update = run.epoch * per_epoch + i
+    lr *= min(1, (update + 1) / (warmup + 1))
+    if s.schedule == "cosine":
+        lr *= (1 + math.cos(math.pi * update / (epochs * per_epoch))) / 2
+    for optimizer in run.optimizers:
+        optimizer.param_groups[0]["lr"] = lr
 
 
-def plan(run):
-    """The updates of the next epoch, in a new random order: (learning rate, rows) of each batch."""
-    s, y, stage, parts, updates = run.settings, run.train[1], run.state["stage"], [], []
-    epochs, base, warmup = ((s["epochs"], s["lr"], s["warmup"]) if stage == 1
-                            else (s["head_epochs"], s["head_lr"], 0))
-    while not parts:                                    # another order, if no batch has a pair
-        order = torch.randperm(len(y), generator=run.generator)
-        parts = cut(order.to(y.device), y, s, stage)
-    per_epoch = math.ceil(len(y) / s["batch_size"])
-    for i, rows in enumerate(parts):
-        t = run.state["epoch"] * per_epoch + i          # this update's number, from 0
-        rate = base * min(1, (t + 1) / (warmup + 1))
-        if s["schedule"] == "cosine":
-            rate *= (1 + math.cos(math.pi * t / (epochs * per_epoch))) / 2
-        updates.append((rate, rows))
-    return updates
+def shuffled_batches(run):
+    """The batches of the current epoch in a new random order, as row numbers, (B,) each."""
+    labels = run.train[1]
+    order = torch.randperm(len(labels), generator=run.generator).to(labels.device)
+    return usable(order.split(run.settings.batch_size), labels, run)
 
 
-def cut(order, y, s, stage=1):
-    """Rows `order` in batches; a contrastive loss of one view leaves out those without a pair."""
-    parts = order.split(s["batch_size"])
-    if stage == 1 and s["views"] == 1 and s["algo"] in ("cff", "cffm", "scl"):
-        parts = [rows for rows in parts if len(y[rows].unique()) < len(rows)]
-    return parts
+def usable(batches, labels, run):
+    """The batches on which the loss is defined: with one view a contrastive loss needs two images
+    of a class. Raises ValueError if there are none."""
+    s = run.settings
+    if run.stage == 1 and s.views == 1 and s.algo in ("cff", "cffm", "scl"):
+        batches = [rows for rows in batches if len(labels[rows].unique()) < len(rows)]
+    if not batches:
+        raise ValueError("no batch has two images of a class, which --views 1 needs")
+    return batches
 
 
+@torch.no_grad()
 def validate(run):
-    """The mean losses, (L,) or a scalar, on validation data: of training steps whose optimizers do
-    nothing, so that no loss needs a second function; the next training step's zero_grad drops the
-    gradients. The same draws every epoch."""
-    s, stage, (images, y), total = run.settings, run.state["stage"], run.val, 0
-    here = run.generator.get_state()
-    run.generator.manual_seed(s["seed"])
-    frozen = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
-    step = make_step(s, run.model, len(run.model.layers) * [frozen], run.augment, run.generator,
-                     stage)
-    parts = cut(torch.arange(len(y), device=y.device), y, s, stage)
-    for rows in parts:
-        total += len(rows) * step(images[rows], y[rows])
-    run.generator.set_state(here)
-    return total / sum(map(len, parts))
+    """The losses that `train_on` would return, their means over the validation images. The random
+    draws are the same in every epoch, so that epochs are compared on equal terms."""
+    s, model, augment, (images, labels), total, n = (
+        run.settings, run.model, run.val_augment, run.val, 0, 0)
+    run.val_generator.manual_seed(s.seed)
+    order = torch.arange(len(labels), device=labels.device)
+    for rows in usable(order.split(s.batch_size), labels, run):
+        x, y = images[rows], labels[rows]
+        if run.stage == 2:
+            losses = head_loss(model, x, y, augment)
+        elif s.algo in ("cff", "cffm"):
+            losses = cff_losses(model, x, y, augment, run.margins, s.temperature, s.views)
+        elif s.algo in WITH_LABELS:
+            losses = ff_losses(model, x, y, augment, run.goodness_loss, run.val_generator,
+                               collab=s.algo == "collab")
+        elif s.algo == "scl":
+            losses = scl_loss(model, x, y, augment, s.temperature, s.views)
+        else:
+            losses = bp_loss(model, x, y, augment)
+        total += len(rows) * losses
+        n += len(rows)
+    return total / n
 
 
-def end_epoch(run, train_loss, val_loss, start):
-    """Write the epoch's row of the log, keep the weights if they are the best so far, and save."""
-    state, L = run.state, len(run.model.layers)
-    fit, val = train_loss.reshape(-1).tolist(), val_loss.reshape(-1).tolist()
-    layers = range(L + 1 - len(val), L + 1) if state["stage"] == 1 else ["head"]   # SCL, BP: L
-    state["epoch"] += 1
-    row = {"stage": state["stage"], "epoch": state["epoch"]}
-    for name, losses in (("train_loss", fit), ("val_loss", val)):
-        row |= {f"{name}_{l}": round(loss, 6) for l, loss in zip(layers, losses)}
-    text = "head" if state["stage"] == 2 else ""
-    text += f"{row['epoch']:4d} " + "".join(f" {loss:6.3f}" for loss in fit) + f" | {val[-1]:6.3f}"
-    if state["stage"] == 1:
+def end_epoch(run, train_losses, val_losses, start):
+    """Add the epoch to the log, print it, keep the weights if they are the best so far, save."""
+    train_losses, val_losses = train_losses.reshape(-1).tolist(), val_losses.reshape(-1).tolist()
+    L, loss = len(run.model.layers), choosing_loss(run.settings.algo, val_losses)
+    names = ["head"] if run.stage == 2 else range(L + 1 - len(val_losses), L + 1)   # SCL, BP: [L]
+    run.epoch += 1
+    row = {"stage": run.stage, "epoch": run.epoch}
+    for part, losses in (("train", train_losses), ("val", val_losses)):
+        row |= {f"{part}_loss_{name}": round(x, 6) for name, x in zip(names, losses)}
+    if run.stage == 1:
         row |= measure(run)
-        text += f" | {row['probe']:5.1f} %"
     row["seconds"] = round(time.time() - start, 2)
-    print(f"{text}  {row['seconds']:6.1f} s", flush=True)
-    if not all(map(math.isfinite, fit + val)):
+    run.log.append(row)
+    print_epoch(run, names, train_losses, loss, row)
+    if not all(map(math.isfinite, train_losses + val_losses)):
         raise SystemExit("train.py: a loss is not a number; try a smaller --lr, with another --out")
-    loss = choosing_loss(run.settings["algo"], val)
-    best = loss < state["best"]
-    if best:
-        state["best"] = loss
-        if state["stage"] == 1:
-            state["best_epoch"] = state["epoch"]
-    state["log"].append(row)
-    run.save(best)
+    if loss < run.best_loss:
+        run.best_loss = loss
+        run.best = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+        if run.stage == 1:
+            run.best_epoch = run.epoch
+    save(run)
 
 
-def choosing_loss(algo, val):
-    """What is least in the epoch whose weights are kept, of its validation losses by layer: that of
-    the last layer; of FF, SymBa and FF Collab the sum over the layers but the first."""
-    return sum(val[1:] or val) if algo in WITH_LABELS else val[-1]
+def choosing_loss(algo, val_losses):
+    """The loss that selects the epoch, from its validation losses by layer: the last layer's; for
+    FF, SymBa and FF Collab the sum over the layers except the first."""
+    return sum(val_losses[1:] or val_losses) if algo in WITH_LABELS else val_losses[-1]
 
 
-def warn_if_crowded(run):
-    """Say what to type where all threads together are slower than one: other work has some of
-    their cores, and at the end of every operation they wait for each other."""
-    threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
+def print_epoch(run, names, train_losses, val_loss, row):
+    """Print the training losses, the validation loss that selects the epoch, the probe, the time;
+    above the first epoch of a stage the names of these columns."""
+    epochs = run.settings.epochs if run.stage == 1 else run.settings.head_epochs
+    probe, minutes = "", (epochs - run.epoch) * row["seconds"] / 60
+    if run.stage == 1:
+        names, probe = [f"layer {l}" for l in names], f" {row['probe']:5.1f} % |"
+    show_progress("")
+    if run.epoch == 1:
+        print("training loss: " + "".join(f"{name:>9}" for name in names) + " | val loss |"
+              + "   probe |" * (run.stage == 1) + " seconds, left")
+    print(f"{f'epoch {run.epoch}/{epochs}':15}" + "".join(f"{x:9.3f}" for x in train_losses)
+          + f" | {val_loss:8.3f} |{probe} {row['seconds']:7.1f}, "
+          + (f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"), flush=True)
 
-    def seconds(n):
-        torch.set_num_threads(n)
-        return timeit(lambda: matrix @ matrix, number=50)
-    if run.device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
-        print(f"one thread is faster than {threads} here, as beside other work on the same cores: "
-              f"stop, and type OMP_NUM_THREADS=1 {run.go_on}")
-    torch.set_num_threads(threads)
 
+def show_progress(text):
+    """On a terminal, write text over the current line; nothing where output goes to a file."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        print(f"\r{text:40}\r", end="", flush=True)
+
+
+# ------------------------------------------------------------------ what a network has learned
 
 def measure(run, most=3000):
-    """Columns of the log, by a pass over up to `most` training and validation images as shipped:
+    """Columns of the log, from up to `most` training and validation images without augmentation:
     validation accuracy of a linear probe in %; with margins each layer's |R|/|P| (Fig. 5)."""
-    m, row, seen = layer_margins(run.settings, run.model), {}, []
+    row, seen = {}, []
     for part, (images, y) in (("train", run.train), ("val", run.val)):
         f, y = [normalize(f_l) for f_l in layer_features(run, images[:most])], y[:most]
         seen += [f[-1], y]
-        if any(m):
+        if run.settings.algo == "cffm":
             P = max(1, (y[:, None] == y).sum().item() - len(y))
-            row |= {f"{part}_saturated_{l}": round(saturated(f_l, y, m_l).sum().item() / P, 6)
-                    for l, (f_l, m_l) in enumerate(zip(f, m), start=1)}
+            for l, (f_l, m) in enumerate(zip(f, run.margins), start=1):
+                row[f"{part}_saturated_{l}"] = round(saturated(f_l, y, m).sum().item() / P, 6)
     return row | {"probe": round(probe(*seen, run.model.num_classes), 2)}
 
 
@@ -286,10 +297,12 @@ def probe(f, y, test_f, test_y, num_classes):
 
 
 def accuracy(model, images, y, normalise, s):
-    """Top-1, top-5 and top-10 accuracy in % on uint8 images: {1: ..., 5: ..., 10: ...}."""
-    scores = [predict(model, normalise(x), s["algo"], s["head"]) for x in images.split(500)]
-    right = torch.cat(scores).topk(10).indices == y[:, None]                # (n, 10), best first
-    return {k: round(100 * right[:, :k].any(dim=1).float().mean().item(), 2) for k in (1, 5, 10)}
+    """Top-1, top-5 and top-10 accuracy in % on uint8 images, {1: ..., 5: ..., 10: ...}; without
+    those of more classes than there are."""
+    scores = [predict(model, normalise(x), s.algo, s.head) for x in images.split(500)]
+    tops = [k for k in (1, 5, 10) if k <= model.num_classes]
+    right = torch.cat(scores).topk(tops[-1]).indices == y[:, None]          # (n, k), best first
+    return {k: round(100 * right[:, :k].any(dim=1).float().mean().item(), 2) for k in tops}
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -324,10 +337,7 @@ def load_tiny_imagenet(folder):
     training = torchvision.datasets.ImageFolder(root / "train")
 
     def pixels(path):
-        try:
-            return v2.functional.pil_to_tensor(training.loader(path))           # RGB
-        except OSError as reason:
-            raise OSError(f"{path}: {reason}")
+        return v2.functional.pil_to_tensor(training.loader(path))               # RGB
 
     lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
     test = [(root / "val" / "images" / file, training.class_to_idx[name])
@@ -397,16 +407,18 @@ def draw_some(n, generator):
 def split(images, labels, s, num_classes):
     """[(images, labels), (images, labels)]: 90 % training, 10 % validation, at random by the seed;
     then --limit, --missing and --label-noise act. Raises ValueError for too large a --limit."""
-    g = torch.Generator().manual_seed(s["seed"])
+    g = torch.Generator().manual_seed(s.seed)
     order, parts = torch.randperm(len(labels), generator=g), []
     val, train = order[:len(order) // 10], order[len(order) // 10:]
-    limit = s["limit"] or len(train)
+    limit = s.limit or len(train)
     if limit > len(train):
         raise ValueError(f"--limit {limit}: there are {len(train)} training images")
     for part in (train[:limit], val[:limit // 9]):
-        part = part[:round(len(part) * (1 - s["missing"]))]
+        part = part[:round(len(part) * (1 - s.missing))]
+        if not len(part):
+            raise ValueError("no training or no validation images are left: use more (--limit)")
         y = labels[part]
-        wrong = torch.randperm(len(y), generator=g)[:round(len(y) * s["label_noise"])]
+        wrong = torch.randperm(len(y), generator=g)[:round(len(y) * s.label_noise)]
         y[wrong] = wrong_labels(y[wrong], num_classes, g)
         parts.append((images[part], y))
     return parts
@@ -453,108 +465,40 @@ def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
 
 # ------------------------------------------------------------------------------------- runs on disk
 
-class Run:
-    """A training run: settings, data, model, optimizers, random state, progress and folder.
-    Raises OSError or ValueError, in one line, for data, sizes or a device that cannot be."""
-
-    def __init__(self, s):
-        self.settings, self.folder = s, Path(s["out"])
-        self.go_on = "python train.py --resume --out " + quote(s["out"])
-        self.device = find_device(s["device"])
-        if self.device.type != "cpu":
-            torch.set_float32_matmul_precision("high" if s["precision"] == "tf32" else "highest")
-        images, y, *test = load_data(s["dataset"], s["data_dir"])
-        classes = int(y.max()) + 1
-        parts = [*split(images, y, s, classes), test]
-        for _, labels in parts[:2]:                         # what would be a fault later
-            if len(labels.unique()) < 2 or not cut(torch.arange(len(labels)), labels, s):
-                raise ValueError("too few images: training and validation need two classes, and "
-                                 "with --views 1 two images of a class in a batch")
-        self.train, self.val, self.test = (
-            tuple(t.to(self.device) for t in part) for part in parts)
-        channels = [torch.std_mean(c / 255, correction=0) for c in parts[0][0].unbind(1)]
-        std, mean = torch.tensor(channels).T.tolist()
-        self.facts = {"image_shape": list(images.shape[1:]), "num_classes": classes, "mean": mean,
-                      "std": std, "images": [len(labels) for _, labels in parts]}
-        torch.manual_seed(s["seed"])
-        self.model = make_model(s, self.facts).to(self.device)
-        layer_margins(s, self.model)                        # ValueError for impossible margins
-        self.optimizers = make_optimizers(self.model, s)
-        self.generator = torch.Generator().manual_seed(s["seed"])
-        self.augment, self.normalise = (
-            make_augment(kind, s["padding"], mean, std, self.generator, fill=s["fill"],
-                         flip=s["dataset"] != "mnist")      # a mirrored digit is another sign
-            for kind in (s["augment"], "none"))
-        self.state = {"stage": 1, "epoch": 0, "best": math.inf, "best_epoch": 0, "log": []}
-
-    def held(self):
-        """`with run.held():` keeps the folder for this process, OSError if another one has it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return FileLock(self.folder / ".lock").acquire(timeout=0)    # ends with the process
-        except Timeout:
-            raise OSError(f"{self.folder}: another process is training this run")
-
-    def start(self):
-        """Write down every setting, the data, versions and device."""
-        write(self.folder / "config.json", json.dumps({
-            "command": " ".join(["python", *map(quote, sys.argv)]), "settings": self.settings,
-            "data": self.facts, "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else
-            platform.machine(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__}}, indent=1) + "\n")
-
-    def save(self, best):
-        """Write best.pt, if this epoch was the best, log.csv and last.pt, each in one step."""
-        weights, log = self.model.state_dict(), self.state["log"]
-        if best:
-            write(self.folder / "best.pt", {"model": weights, "settings": self.settings})
-        columns = list(dict.fromkeys(column for row in log for column in row))
-        rows = [columns, *([str(row.get(column, "")) for column in columns] for row in log)]
-        write(self.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
-        write(self.folder / "last.pt", {
-            **self.state, "model": weights, "generator": self.generator.get_state(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
-
-    def load(self):
-        """Take up the last finished epoch, if any; OSError or ValueError if that cannot be."""
-        if "OMP_NUM_THREADS" not in os.environ:             # as before, for the same rounding
-            config = json.loads((self.folder / "config.json").read_text())
-            torch.set_num_threads(min(config.get("threads", 1), os.cpu_count()))
-        if not any((self.folder / name).exists() for name in ("last.pt", "result.json")):
-            return                                          # stopped before its first epoch
-        read(self.folder / "best.pt", "model")              # will be needed later
-        weights, generator, optimizers, *progress = read(
-            self.folder / "last.pt", "model", "generator", "optimizers", *self.state)
-        self.model.load_state_dict(weights)
-        self.generator.set_state(generator)
-        self.state = dict(zip(self.state, progress))
-        self.optimizers = make_optimizers(self.model, self.settings, self.state["stage"])
-        for optimizer, state in zip(self.optimizers, optimizers):
-            optimizer.load_state_dict(state)
-
-    def end_stage(self):
-        """Take the weights with the lowest validation loss, and go on to the next stage."""
-        [weights] = read(self.folder / "best.pt", "model")
-        self.model.load_state_dict(weights)
-        self.state |= {"stage": self.state["stage"] + 1, "epoch": 0, "best": math.inf}
-        self.optimizers = make_optimizers(self.model, self.settings, stage=2)
-        if self.state["stage"] <= stages(self.settings):
-            self.save(best=False)
-
-    def test_model(self):
-        """Accuracy of the weights on test and validation data: result.json, printed, returned."""
-        s, state, result = self.settings, self.state, {}
-        for part, (images, y) in (("test", self.test), ("val", self.val)):
-            found = accuracy(self.model, images, y, self.normalise, s)
-            result |= {f"{part}_top{k}": value for k, value in found.items()}
-        result |= {"metric": METRIC.get(s["dataset"], "top1"), "best_epoch": state["best_epoch"],
-                   "seconds": round(sum(row["seconds"] for row in state["log"]), 1)}
-        write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
-        print("test accuracy {test_top1} % (top-5 {test_top5} %, top-10 {test_top10} %); test it "
-              "again: python eval.py".format(**result), quote(s["out"]))
-        return result
+def make_run(s, saved=None):
+    """A run as plain data: settings, images, model, optimizers, random state, progress. Where a
+    checkpoint is given, the run continues from it. Raises OSError or ValueError for data, sizes or
+    a device that cannot be used."""
+    device = find_device(s.device)
+    if device.type != "cpu":
+        torch.set_float32_matmul_precision("high" if s.precision == "tf32" else "highest")
+    images, labels, *test_set = load_data(s.dataset, s.data_dir)
+    classes = int(labels.max()) + 1
+    parts = [*split(images, labels, s, classes), test_set]
+    channels = [torch.std_mean(c / 255, correction=0) for c in parts[0][0].unbind(1)]
+    std, mean = torch.tensor(channels).T.tolist()
+    data = {"image_shape": list(images.shape[1:]), "num_classes": classes, "mean": mean,
+            "std": std, "images": [len(y) for _, y in parts]}
+    torch.manual_seed(s.seed)
+    model = make_model(s, data).to(device)
+    L = len(model.layers)
+    run = SimpleNamespace(
+        settings=s, folder=Path(s.out), data=data, device=device, model=model,
+        optimizers=make_optimizers(model, s),
+        margins=margins(s.m0, s.mL, L, s.decay) if s.algo == "cffm" else L * [0.0],
+        goodness_loss=(partial(symba_loss, alpha=s.alpha) if s.algo == "symba"
+                       else partial(ff_loss, threshold=s.threshold)),
+        generator=torch.Generator().manual_seed(s.seed), val_generator=torch.Generator(),
+        stage=1, epoch=0, best=None, best_loss=math.inf, best_epoch=0, log=[])
+    run.train, run.val, run.test = ([t.to(device) for t in part] for part in parts)
+    run.augment, run.val_augment, run.normalise = (
+        make_augment(kind, s.padding, mean, std, generator, fill=s.fill,
+                     flip=s.dataset != "mnist")             # a mirrored digit is another sign
+        for kind, generator in ((s.augment, run.generator), (s.augment, run.val_generator),
+                                ("none", None)))
+    if saved:
+        restore(run, saved)
+    return run
 
 
 def find_device(name="auto"):
@@ -566,16 +510,15 @@ def find_device(name="auto"):
     return torch.device(name if name != "auto" else "cpu" if found == "mps" else found)
 
 
-def make_model(s, facts):
-    """The untrained model of a run's settings and the facts of its data."""
-    vit, labels, options = s["model"].startswith("vit"), None, {}
-    if s["algo"] in WITH_LABELS:
-        labels = "patch" if vit else "random" if s["algo"] == "symba" else "one-hot"
+def make_model(s, data):
+    """The untrained model for a run's settings and its data's `image_shape` and `num_classes`."""
+    vit, labels, options = plain_name(s.model).startswith("vit"), None, {}
+    if s.algo in WITH_LABELS:
+        labels = "patch" if vit else "random" if s.algo == "symba" else "one-hot"
     if vit:
-        options = {name: s[name] for name in ("patch_size", "pool", "position_std")}
-        options["local_loss"] = not s["plain"] and s["algo"] not in ("scl", "bp")
-    model = build_model(s["model"], facts["image_shape"], facts["num_classes"], labels, **options)
-    if s["precision"] == "bf16":
+        options = dict(patch_size=s.patch_size, pool=s.pool, position_std=s.position_std)
+    model = build_model(s.model, data["image_shape"], data["num_classes"], labels, **options)
+    if s.precision == "bf16":
         for layer in model.layers:
             layer.forward = partial(in_bf16, layer.forward)
     return model
@@ -584,112 +527,196 @@ def make_model(s, facts):
 def in_bf16(forward, x):
     """A layer's forward with products in bfloat16; weights, its output and losses are float32."""
     with torch.autocast(x.device.type, torch.bfloat16):
-        return forward(x).float()           # a ViT's is float32: the same tensor, with .pooled
+        return forward(x).float()
 
 
-def read(path, *names):
-    """A list of what torch has saved by these names; OSError, in one line, if that cannot be."""
+def start(run):
+    """Take the folder for a new run, so that no other can have it, and write config.json: every
+    setting, the data, versions and device. Raises OSError for a folder that holds a run."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    cuda = run.device.type == "cuda"
+    config = {"command": join(["python", *sys.argv]), "settings": vars(run.settings),
+              "data": run.data, "threads": torch.get_num_threads(),
+              "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                           "torchvision": torchvision.__version__}}
+    with open(run.folder / "config.json", "x") as file:
+        file.write(json.dumps(config, indent=1) + "\n")
+    save(run)
+
+
+def save(run):
+    """Write checkpoint.pt, all that --resume and eval.py need, then log.csv, each at once."""
+    write(run.folder / "checkpoint.pt", {
+        "settings": vars(run.settings), "data": run.data, "threads": torch.get_num_threads(),
+        "stage": run.stage, "epoch": run.epoch, "best": run.best, "best_loss": run.best_loss,
+        "best_epoch": run.best_epoch, "log": run.log, "model": run.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "generator": run.generator.get_state()})
+    columns = list(dict.fromkeys(column for row in run.log for column in row))
+    rows = [columns, *([str(row.get(column, "")) for column in columns] for row in run.log)]
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return [saved[name] for name in names]
-    except Exception as reason:                 # none, torn, another's: torch has many errors
+        write(run.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
+    except PermissionError:                         # Windows, while another program has it open
+        print("log.csv is open in another program: it will be written after the next epoch")
+
+
+def restore(run, saved):
+    """Continue from a checkpoint; ValueError if the data are others than the run began with."""
+    if saved["data"]["images"] != run.data["images"]:
+        raise ValueError(f"the run began with {saved['data']['images']} images (training, "
+                         f"validation, test), but {run.settings.data_dir} has {run.data['images']}")
+    for name in ("stage", "epoch", "best", "best_loss", "best_epoch", "log"):
+        setattr(run, name, saved[name])
+    run.model.load_state_dict(saved["model"])
+    run.optimizers = make_optimizers(run.model, run.settings, run.stage)
+    for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    run.generator.set_state(saved["generator"])
+
+
+def test(run):
+    """Accuracy on test and validation images: result.json, printed, returned."""
+    s, result = run.settings, {}
+    for part, (images, y) in (("test", run.test), ("val", run.val)):
+        found = accuracy(run.model, images, y, run.normalise, s)
+        result |= {f"{part}_top{k}": value for k, value in found.items()}
+    result |= {"metric": METRIC.get(s.dataset, "top1"), "best_epoch": run.best_epoch,
+               "seconds": round(sum(row["seconds"] for row in run.log), 1)}
+    write(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
+    tops = [f"top-{k} {result[f'test_top{k}']} %" for k in (1, 5, 10) if f"test_top{k}" in result]
+    print(f"test accuracy: {', '.join(tops)}; more: {join(['python', 'eval.py', s.out])}")
+    return result
+
+
+def read(path):
+    """A checkpoint as a dict; OSError, in one line, if it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as reason:             # missing, torn, another's: torch has many errors
         raise OSError(f"{path} cannot be read ({type(reason).__name__})")
 
 
 def write(path, content):
-    """Write text, or what torch can save, to a file and put it in the place of `path` at once."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write text, or what torch can save, to a temporary file and replace `path` by it."""
+    data, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    if isinstance(content, str):
+        data.write(content.encode())
+    else:
+        torch.save(content, data)
     try:
-        if isinstance(content, str):
-            temporary.write_text(content)
-        else:
-            torch.save(content, temporary)
-        try:
-            temporary.replace(path)
-        except PermissionError:                         # Windows, while another program reads it
-            time.sleep(1)
-            temporary.replace(path)
+        temporary.write_bytes(data.getbuffer())
+        temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)               # what a full disk has cut off
+        temporary.unlink(missing_ok=True)               # incomplete if the disk is full
 
 
 # ------------------------------------------------------------------------------------ command line
 
 def defaults(dataset, algo, recipe=None):
-    """The settings where nothing else is typed; without a recipe, by the data set's."""
+    """The settings where nothing else is typed, as a dict; the recipe by default the data set's."""
     s, own = dict(DEFAULTS), BY_DATASET.get(dataset, {})
     recipe = recipe or own.get("recipe", "none")
-    for name in (f"none {algo}", recipe, f"{recipe} {algo}"):       # the later ones win
+    for name in (f"none {algo}", recipe, f"{recipe} {algo}"):       # later ones win
         s |= RECIPES.get(name, {})
     return s | own | {"dataset": dataset, "algo": algo, "recipe": recipe}
 
 
 def parse(argv=None):
-    """The settings of a command line: (dict, whether to resume); nonsense ends with status 2."""
+    """(settings, None), or with --resume (settings, checkpoint); nonsense ends with status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [--FLAG VALUE ...]; --help lists the flags",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, epilog="\n".join(
-            f"instead of [default], {name}: {own}" for name, own in (BY_DATASET | RECIPES).items()))
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False,
+        argument_default=argparse.SUPPRESS)
     types = {"model": plain_name, "out": os.path.expanduser, "data_dir": os.path.expanduser}
     for name, (default, allowed, meaning) in SETTINGS.items():
         kind = dict(action="store_true") if default is False else dict(
             type=types.get(name, type(default)), choices=allowed if type(allowed) is list else None)
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} [{default}]", **kind)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+        parser.add_argument("--" + name.replace("_", "-"), help=meaning + " [%(default)s]", **kind)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("-h", "--help", action="store_true", help="with the defaults of the other flags")
     typed = vars(parser.parse_args(argv))
-    resume = typed.pop("resume", False)
-    s = DEFAULTS | typed
-    s = defaults(s["dataset"], s["algo"], typed.get("recipe")) | typed
+    if typed.pop("resume", False):
+        return resume(parser, typed)
+    recipe = typed.get("recipe")
+    if typed.get("dataset") == "mnist" and typed.get("model", "mlp").startswith("vit"):
+        recipe = recipe or "none"                       # MNIST's own recipe is for MLPs
+    s = defaults(typed.get("dataset", "shapes"), typed.get("algo", "cffm"), recipe) | typed
+    if s.pop("help", False):
+        parser.set_defaults(**s)
+        parser.print_help()
+        parser.exit()
     for name, (_, allowed, _) in SETTINGS.items():
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
     if s["recipe"] == "mlp" and not s["model"].startswith("mlp"):
         parser.error(f"--recipe mlp is not for {s['model']}: add --model mlp-800-4, or another MLP")
+    if s["head"] and s["algo"] not in WITH_LABELS:
+        parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
     if not s["out"]:
         known = ("dataset", "algo", "model", "seed", "data_dir", "device", "out")
         others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in known]
         s["out"] = "runs/" + "-".join([*(s[name] for name in known[:3]), *others, f"s{s['seed']}"])
-    folder = Path(s["out"])
-    if resume:
-        try:
-            s = DEFAULTS | json.loads((folder / "config.json").read_text())["settings"]
-        except (OSError, ValueError, LookupError, TypeError):
-            parser.error(f"no run to resume: {folder / 'config.json'} is not there, or not a run's")
-        changed = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
-        if changed:
-            parser.error(f"--resume keeps the run's settings: {', '.join(changed)} cannot change")
-        s |= typed
-    elif (folder / "config.json").exists():
-        parser.error(f"{folder} holds a run: go on with it (--resume), or name another (--out)")
-    if s["head"] and s["algo"] not in WITH_LABELS:
-        parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
-    return s | {"out": str(folder)}, resume
+    if (Path(s["out"]) / "config.json").exists():
+        parser.error(f"{s['out']} holds a run: continue it (--resume) or name another (--out)")
+    return SimpleNamespace(**s), None
+
+
+def resume(parser, typed):
+    """(settings, checkpoint) of the run in --out, for `parse`."""
+    try:
+        saved = read(Path(typed.get("out", "")) / "checkpoint.pt")
+        s = DEFAULTS | saved["settings"]
+    except (OSError, LookupError, TypeError) as reason:
+        parser.error(f"no run to resume: {reason}")
+    changed = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
+    if changed:
+        parser.error(f"--resume keeps the run's settings: {', '.join(changed)} cannot change")
+    return SimpleNamespace(**s | typed), saved
+
+
+def set_threads(device, saved=None):
+    """Use as many threads as a resumed run had, for the same rounding. A new run uses one if that
+    is faster than all: then other work has some of the cores, and threads wait for each other."""
+    threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
+
+    def seconds(n):
+        torch.set_num_threads(n)
+        return timeit(lambda: matrix @ matrix, number=50)
+    if saved and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(saved["threads"], os.cpu_count())
+    elif device.type == "cpu" and threads > 1 and not saved and seconds(threads) > 1.2 * seconds(1):
+        print(f"one thread is faster here than {threads}, as on a busy machine: using one")
+        threads = 1
+    torch.set_num_threads(threads)
 
 
 def main(argv=None):
-    settings, resume = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a queue's stop is a Ctrl-C
-    begun = False
+    """Train as the command line says; returns the result. What was wrong with settings, data or
+    the disk is told in one line; a mistake in the code shows its traceback."""
+    s, saved = parse(argv)
     try:
-        run = Run(settings)
-        with run.held():
-            run.load() if resume else run.start()
-            begun = True
-            print("{algo} with {model} on {dataset}, seed {seed}, in {out}".format(**settings)
-                  + f"; threads: {torch.get_num_threads()}")
-            warn_if_crowded(run)
-            train(run)
-    except (KeyboardInterrupt, OSError, ValueError, RuntimeError) as reason:
-        said = (str(reason) or "stopped").splitlines()[0]
-        if isinstance(reason, BrokenPipeError):                     # nobody reads any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if begun:
-            raise SystemExit(f"{said}; go on with: {run.go_on}")
-        print(f"train.py: error: {said}", file=sys.stderr)
-        raise SystemExit(2)
+        run = make_run(s, saved)
+        set_threads(run.device, saved)
+        if not saved:
+            start(run)
+    except OSError as reason:
+        raise SystemExit(f"train.py: error: {reason}")
+    except ValueError as reason:                        # of a setting, or of a mistake in the code
+        place = extract_tb(reason.__traceback__)[-1]
+        raise SystemExit(f"{Path(place.filename).name}, line {place.lineno}: error: {reason}")
+    print(f"{s.algo} with {s.model} on {s.dataset}, seed {s.seed}, in {s.out}; "
+          f"threads: {torch.get_num_threads()}", flush=True)
+    go_on = "continue with: " + join(["python", "train.py", "--resume", "--out", s.out])
+    try:
+        return train(run)
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; {go_on}")
+    except OSError as reason:                           # a full disk, say
+        raise SystemExit(f"train.py: error: {reason}; {go_on}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")            # a terminal may lack a letter of --out
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")            # a terminal may lack a letter of --out
     main()

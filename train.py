@@ -37,7 +37,7 @@ from vit import build_model, plain_name
 
 # ---------------------------------------------------------------------------------------- settings
 
-FROM_0, FROM_1 = (0, math.inf), (1, math.inf)
+FROM_0, FROM_1 = (0, 10 ** 9), (1, 10 ** 9)
 # name: (default, allowed values, meaning); a list holds the choices, a pair the smallest and the
 # largest number. Defaults are the paper's or, where it is silent, those of its authors' code.
 SETTINGS = {
@@ -58,7 +58,7 @@ SETTINGS = {
     "views": (2, [1, 2], "augmented views of a batch; 1 is one-forward (Table 6)"),
     "epochs": (600, FROM_1, "epochs of stage 1, the encoder"),
     "head_epochs": (50, FROM_1, "epochs of stage 2, the linear head"),
-    "batch_size": (512, (2, math.inf), "images in a batch, B"),
+    "batch_size": (512, (2, 10 ** 9), "images in a batch, B"),
     "lr": (0.004, FROM_0, "learning rate of stage 1"),
     "head_lr": (0.0005, FROM_0, "learning rate of stage 2"),
     "weight_decay": (0.01, FROM_0, "weight decay of AdamW"),
@@ -105,10 +105,11 @@ WITH_LABELS = ("ff", "symba", "collab")                     # methods whose imag
 
 def train(run):
     """Stage 1, the encoder, and stage 2, the head, from where the run stands; then the test."""
-    s, (images, labels) = run.settings, run.train
-    while run.stage <= stages(s):
-        epochs = s.epochs if run.stage == 1 else s.head_epochs
-        while run.epoch < epochs:
+    images, labels = run.train
+    while run.stage <= stages(run.settings):
+        print_row(["epoch", *(f"loss {name}" for name in run.names),
+                   "val loss", "probe %", "seconds", "left"])
+        while run.epoch < run.epochs:
             start, total, n = time.time(), 0, 0
             batches = shuffled_batches(run)
             for i, rows in enumerate(batches):
@@ -116,11 +117,10 @@ def train(run):
                 losses = train_on(run, images[rows], labels[rows])      # (L,), or a scalar
                 total += len(rows) * losses
                 n += len(rows)
-                show_progress(f"epoch {run.epoch + 1}/{epochs}: batch {i + 1}/{len(batches)}")
+                show_progress(f"epoch {run.epoch + 1}/{run.epochs}, batch {i + 1}/{len(batches)}")
             end_epoch(run, total / n, validate(run), start)
         run.model.load_state_dict(run.best)             # the epoch with the lowest validation loss
-        run.stage, run.epoch, run.best_loss = run.stage + 1, 0, math.inf
-        run.optimizers = make_optimizers(run.model, s, stage=2)
+        begin_stage(run, run.stage + 1)
     return test(run)
 
 
@@ -129,20 +129,17 @@ def stages(s):
     return 2 if s.algo in ("cff", "cffm", "scl") or s.head else 1
 
 
-def train_on(run, x, y):
-    """Train on one batch by the run's method: the losses by layer (L,); SCL, BP, head: a scalar."""
-    s, model, optimizers, augment = run.settings, run.model, run.optimizers, run.augment
-    if run.stage == 2:
-        return head_step(model, optimizers[0], x, y, augment)
-    if s.algo in ("cff", "cffm"):
-        return cff_step(model, optimizers, x, y, augment, run.margins, s.temperature, s.views)
-    if s.algo in ("ff", "symba"):
-        return ff_step(model, optimizers, x, y, augment, run.goodness_loss, run.generator)
-    if s.algo == "collab":
-        return collab_step(model, optimizers, x, y, augment, s.threshold, run.generator)
-    if s.algo == "scl":
-        return scl_step(model, optimizers[0], x, y, augment, s.temperature, s.views)
-    return bp_step(model, optimizers[0], x, y, augment)
+def begin_stage(run, stage):
+    """Set what is particular to stage 1, the encoder, or to stage 2, the head."""
+    s, L = run.settings, len(run.model.layers)
+    run.stage, run.epoch, run.best_loss = stage, 0, math.inf
+    if stage == 1:
+        run.method, run.epochs, run.lr, run.warmup = s.algo, s.epochs, s.lr, s.warmup
+        run.names = [L] if s.algo in ("scl", "bp") else range(1, L + 1)     # of the losses
+    else:
+        run.method, run.epochs, run.lr, run.warmup = "head", s.head_epochs, s.head_lr, 0
+        run.names = ["head"]
+    run.optimizers = make_optimizers(run.model, s, stage)
 
 
 def make_optimizers(model, s, stage=1):
@@ -156,14 +153,11 @@ def make_optimizers(model, s, stage=1):
 
 def set_learning_rate(run, i):
     """Set the learning rate for batch i of the current epoch, by --warmup and --schedule."""
-    s, per_epoch = run.settings, math.ceil(len(run.train[1]) / run.settings.batch_size)
-    epochs, lr, warmup = s.epochs, s.lr, s.warmup
-    if run.stage == 2:
-        epochs, lr, warmup = s.head_epochs, s.head_lr, 0
+    per_epoch = math.ceil(len(run.train[1]) / run.settings.batch_size)
     update = run.epoch * per_epoch + i
-    lr *= min(1, (update + 1) / (warmup + 1))
-    if s.schedule == "cosine":
-        lr *= (1 + math.cos(math.pi * update / (epochs * per_epoch))) / 2
+    lr = run.lr * min(1, (update + 1) / (run.warmup + 1))
+    if run.settings.schedule == "cosine":
+        lr *= (1 + math.cos(math.pi * update / (run.epochs * per_epoch))) / 2
     for optimizer in run.optimizers:
         optimizer.param_groups[0]["lr"] = lr
 
@@ -178,36 +172,52 @@ def shuffled_batches(run):
 def usable(batches, labels, run):
     """The batches on which the loss is defined: with one view a contrastive loss needs two images
     of a class. Raises ValueError if there are none."""
-    s = run.settings
-    if run.stage == 1 and s.views == 1 and s.algo in ("cff", "cffm", "scl"):
+    if run.method in ("cff", "cffm", "scl") and run.settings.views == 1:
         batches = [rows for rows in batches if len(labels[rows].unique()) < len(rows)]
     if not batches:
         raise ValueError("no batch has two images of a class, which --views 1 needs")
     return batches
 
 
+def train_on(run, x, y):
+    """Train on one batch by the run's method: the losses by layer (L,); SCL, BP, head: a scalar."""
+    s, model, optimizers, augment = run.settings, run.model, run.optimizers, run.augment
+    if run.method in ("cff", "cffm"):
+        return cff_step(model, optimizers, x, y, augment, run.margins, s.temperature, s.views)
+    if run.method in ("ff", "symba"):
+        return ff_step(model, optimizers, x, y, augment, run.goodness_loss, run.generator)
+    if run.method == "collab":
+        return collab_step(model, optimizers, x, y, augment, s.threshold, run.generator)
+    if run.method == "scl":
+        return scl_step(model, optimizers[0], x, y, augment, s.temperature, s.views)
+    if run.method == "bp":
+        return bp_step(model, optimizers[0], x, y, augment)
+    return head_step(model, optimizers[0], x, y, augment)
+
+
+def losses_on(run, x, y):
+    """What `train_on` would return for a batch, without training, by draws of its own."""
+    s, model, augment = run.settings, run.model, run.val_augment
+    if run.method in ("cff", "cffm"):
+        return cff_losses(model, x, y, augment, run.margins, s.temperature, s.views)
+    if run.method in WITH_LABELS:
+        return ff_losses(model, x, y, augment, run.goodness_loss, run.val_generator,
+                         collab=run.method == "collab")
+    if run.method == "scl":
+        return scl_loss(model, x, y, augment, s.temperature, s.views)
+    if run.method == "bp":
+        return bp_loss(model, x, y, augment)
+    return head_loss(model, x, y, augment)
+
+
 @torch.no_grad()
 def validate(run):
-    """The losses that `train_on` would return, their means over the validation images. The random
-    draws are the same in every epoch, so that epochs are compared on equal terms."""
-    s, model, augment, (images, labels), total, n = (
-        run.settings, run.model, run.val_augment, run.val, 0, 0)
-    run.val_generator.manual_seed(s.seed)
+    """The mean losses on validation images, (L,) or a scalar; the same draws every epoch."""
+    (images, labels), total, n = run.val, 0, 0
+    run.val_generator.manual_seed(run.settings.seed)
     order = torch.arange(len(labels), device=labels.device)
-    for rows in usable(order.split(s.batch_size), labels, run):
-        x, y = images[rows], labels[rows]
-        if run.stage == 2:
-            losses = head_loss(model, x, y, augment)
-        elif s.algo in ("cff", "cffm"):
-            losses = cff_losses(model, x, y, augment, run.margins, s.temperature, s.views)
-        elif s.algo in WITH_LABELS:
-            losses = ff_losses(model, x, y, augment, run.goodness_loss, run.val_generator,
-                               collab=s.algo == "collab")
-        elif s.algo == "scl":
-            losses = scl_loss(model, x, y, augment, s.temperature, s.views)
-        else:
-            losses = bp_loss(model, x, y, augment)
-        total += len(rows) * losses
+    for rows in usable(order.split(run.settings.batch_size), labels, run):
+        total += len(rows) * losses_on(run, images[rows], labels[rows])
         n += len(rows)
     return total / n
 
@@ -215,17 +225,19 @@ def validate(run):
 def end_epoch(run, train_losses, val_losses, start):
     """Add the epoch to the log, print it, keep the weights if they are the best so far, save."""
     train_losses, val_losses = train_losses.reshape(-1).tolist(), val_losses.reshape(-1).tolist()
-    L, loss = len(run.model.layers), choosing_loss(run.settings.algo, val_losses)
-    names = ["head"] if run.stage == 2 else range(L + 1 - len(val_losses), L + 1)   # SCL, BP: [L]
+    loss = choosing_loss(run.settings.algo, val_losses)
     run.epoch += 1
     row = {"stage": run.stage, "epoch": run.epoch}
     for part, losses in (("train", train_losses), ("val", val_losses)):
-        row |= {f"{part}_loss_{name}": round(x, 6) for name, x in zip(names, losses)}
+        row |= {f"{part}_loss_{name}": round(x, 6) for name, x in zip(run.names, losses)}
     if run.stage == 1:
         row |= measure(run)
     row["seconds"] = round(time.time() - start, 2)
     run.log.append(row)
-    print_epoch(run, names, train_losses, loss, row)
+    minutes = row["seconds"] * (run.epochs - run.epoch) / 60
+    print_row([f"{run.epoch}/{run.epochs}", *(f"{x:.3f}" for x in train_losses), f"{loss:.3f}",
+               row.get("probe", "-"), row["seconds"],
+               f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"])
     if not all(map(math.isfinite, train_losses + val_losses)):
         raise SystemExit("train.py: a loss is not a number; try a smaller --lr, with another --out")
     if loss < run.best_loss:
@@ -242,20 +254,10 @@ def choosing_loss(algo, val_losses):
     return sum(val_losses[1:] or val_losses) if algo in WITH_LABELS else val_losses[-1]
 
 
-def print_epoch(run, names, train_losses, val_loss, row):
-    """Print the training losses, the validation loss that selects the epoch, the probe, the time;
-    above the first epoch of a stage the names of these columns."""
-    epochs = run.settings.epochs if run.stage == 1 else run.settings.head_epochs
-    probe, minutes = "", (epochs - run.epoch) * row["seconds"] / 60
-    if run.stage == 1:
-        names, probe = [f"layer {l}" for l in names], f" {row['probe']:5.1f} % |"
+def print_row(cells):
+    """Print cells in aligned columns."""
     show_progress("")
-    if run.epoch == 1:
-        print("training loss: " + "".join(f"{name:>9}" for name in names) + " | val loss |"
-              + "   probe |" * (run.stage == 1) + " seconds, left")
-    print(f"{f'epoch {run.epoch}/{epochs}':15}" + "".join(f"{x:9.3f}" for x in train_losses)
-          + f" | {val_loss:8.3f} |{probe} {row['seconds']:7.1f}, "
-          + (f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"), flush=True)
+    print("".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
 def show_progress(text):
@@ -367,11 +369,11 @@ SHAPES = {          # class: signed distance to its outline, negative inside, in
 
 
 def draw_shapes(n, seed):
-    """n drawn images uint8 (n, 3, 32, 32) and labels (n,), 0..9 in the order of SHAPES."""
+    """n drawn images uint8 (n, 3, 32, 32) and their labels (n,), 0..9 in the order of SHAPES; n is
+    a multiple of 1000."""
     generator = torch.Generator().manual_seed(seed)
-    chunk = 100 * len(SHAPES)
-    images = [draw_some(min(chunk, n - start), generator) for start in range(0, n, chunk)]
-    return torch.cat(images), torch.arange(n) % len(SHAPES)
+    images = torch.cat([draw_some(1000, generator) for _ in range(n // 1000)])
+    return images, torch.arange(n) % len(SHAPES)
 
 
 def draw_some(n, generator):
@@ -465,13 +467,14 @@ def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
 
 # ------------------------------------------------------------------------------------- runs on disk
 
+PROGRESS = ("epoch", "best", "best_loss", "best_epoch", "log")      # of a run, as in its checkpoint
+
+
 def make_run(s, saved=None):
-    """A run as plain data: settings, images, model, optimizers, random state, progress. Where a
-    checkpoint is given, the run continues from it. Raises OSError or ValueError for data, sizes or
-    a device that cannot be used."""
+    """A run as plain data: settings, images, model, optimizers, random state, progress; where a
+    checkpoint is given, as it stood there. Raises OSError or ValueError, in one line, for data,
+    sizes or a device that cannot be used."""
     device = find_device(s.device)
-    if device.type != "cpu":
-        torch.set_float32_matmul_precision("high" if s.precision == "tf32" else "highest")
     images, labels, *test_set = load_data(s.dataset, s.data_dir)
     classes = int(labels.max()) + 1
     parts = [*split(images, labels, s, classes), test_set]
@@ -479,25 +482,33 @@ def make_run(s, saved=None):
     std, mean = torch.tensor(channels).T.tolist()
     data = {"image_shape": list(images.shape[1:]), "num_classes": classes, "mean": mean,
             "std": std, "images": [len(y) for _, y in parts]}
+    if saved and saved["data"]["images"] != data["images"]:
+        raise ValueError(f"the run began with {saved['data']['images']} images (training, "
+                         f"validation, test), but {s.data_dir} has {data['images']}")
     torch.manual_seed(s.seed)
     model = make_model(s, data).to(device)
     L = len(model.layers)
     run = SimpleNamespace(
         settings=s, folder=Path(s.out), data=data, device=device, model=model,
-        optimizers=make_optimizers(model, s),
         margins=margins(s.m0, s.mL, L, s.decay) if s.algo == "cffm" else L * [0.0],
         goodness_loss=(partial(symba_loss, alpha=s.alpha) if s.algo == "symba"
                        else partial(ff_loss, threshold=s.threshold)),
         generator=torch.Generator().manual_seed(s.seed), val_generator=torch.Generator(),
-        stage=1, epoch=0, best=None, best_loss=math.inf, best_epoch=0, log=[])
+        best=None, best_epoch=0, log=[])
     run.train, run.val, run.test = ([t.to(device) for t in part] for part in parts)
     run.augment, run.val_augment, run.normalise = (
         make_augment(kind, s.padding, mean, std, generator, fill=s.fill,
                      flip=s.dataset != "mnist")             # a mirrored digit is another sign
         for kind, generator in ((s.augment, run.generator), (s.augment, run.val_generator),
                                 ("none", None)))
+    begin_stage(run, saved["stage"] if saved else 1)
     if saved:
-        restore(run, saved)
+        for name in PROGRESS:
+            setattr(run, name, saved[name])
+        run.generator.set_state(saved["generator"])
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
     return run
 
 
@@ -512,6 +523,7 @@ def find_device(name="auto"):
 
 def make_model(s, data):
     """The untrained model for a run's settings and its data's `image_shape` and `num_classes`."""
+    torch.set_float32_matmul_precision("high" if s.precision == "tf32" else "highest")
     vit, labels, options = plain_name(s.model).startswith("vit"), None, {}
     if s.algo in WITH_LABELS:
         labels = "patch" if vit else "random" if s.algo == "symba" else "one-hot"
@@ -546,33 +558,18 @@ def start(run):
 
 
 def save(run):
-    """Write checkpoint.pt, all that --resume and eval.py need, then log.csv, each at once."""
+    """Write checkpoint.pt, all that --resume and eval.py need, and log.csv, each at once."""
     write(run.folder / "checkpoint.pt", {
+        **{name: getattr(run, name) for name in PROGRESS}, "stage": run.stage,
         "settings": vars(run.settings), "data": run.data, "threads": torch.get_num_threads(),
-        "stage": run.stage, "epoch": run.epoch, "best": run.best, "best_loss": run.best_loss,
-        "best_epoch": run.best_epoch, "log": run.log, "model": run.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "generator": run.generator.get_state()})
+        "generator": run.generator.get_state(), "model": run.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
     columns = list(dict.fromkeys(column for row in run.log for column in row))
     rows = [columns, *([str(row.get(column, "")) for column in columns] for row in run.log)]
     try:
         write(run.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
     except PermissionError:                         # Windows, while another program has it open
         print("log.csv is open in another program: it will be written after the next epoch")
-
-
-def restore(run, saved):
-    """Continue from a checkpoint; ValueError if the data are others than the run began with."""
-    if saved["data"]["images"] != run.data["images"]:
-        raise ValueError(f"the run began with {saved['data']['images']} images (training, "
-                         f"validation, test), but {run.settings.data_dir} has {run.data['images']}")
-    for name in ("stage", "epoch", "best", "best_loss", "best_epoch", "log"):
-        setattr(run, name, saved[name])
-    run.model.load_state_dict(saved["model"])
-    run.optimizers = make_optimizers(run.model, run.settings, run.stage)
-    for optimizer, state in zip(run.optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
-    run.generator.set_state(saved["generator"])
 
 
 def test(run):
@@ -584,7 +581,7 @@ def test(run):
     result |= {"metric": METRIC.get(s.dataset, "top1"), "best_epoch": run.best_epoch,
                "seconds": round(sum(row["seconds"] for row in run.log), 1)}
     write(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
-    tops = [f"top-{k} {result[f'test_top{k}']} %" for k in (1, 5, 10) if f"test_top{k}" in result]
+    tops = [f"{name[5:]} {value} %" for name, value in result.items() if name.startswith("test_")]
     print(f"test accuracy: {', '.join(tops)}; more: {join(['python', 'eval.py', s.out])}")
     return result
 
@@ -634,7 +631,7 @@ def parse(argv=None):
             type=types.get(name, type(default)), choices=allowed if type(allowed) is list else None)
         parser.add_argument("--" + name.replace("_", "-"), help=meaning + " [%(default)s]", **kind)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("-h", "--help", action="store_true", help="with the defaults of the other flags")
+    parser.add_argument("-h", "--help", action="store_true", help="these flags; defaults in [...]")
     typed = vars(parser.parse_args(argv))
     if typed.pop("resume", False):
         return resume(parser, typed)
@@ -675,34 +672,35 @@ def resume(parser, typed):
     return SimpleNamespace(**s | typed), saved
 
 
-def set_threads(device, saved=None):
-    """Use as many threads as a resumed run had, for the same rounding. A new run uses one if that
+def set_threads(run, saved):
+    """A resumed run has as many threads as before, for the same rounding. A new one has one if that
     is faster than all: then other work has some of the cores, and threads wait for each other."""
     threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
 
     def seconds(n):
         torch.set_num_threads(n)
         return timeit(lambda: matrix @ matrix, number=50)
+
     if saved and "OMP_NUM_THREADS" not in os.environ:
         threads = min(saved["threads"], os.cpu_count())
-    elif device.type == "cpu" and threads > 1 and not saved and seconds(threads) > 1.2 * seconds(1):
+    elif run.device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
         print(f"one thread is faster here than {threads}, as on a busy machine: using one")
         threads = 1
     torch.set_num_threads(threads)
 
 
 def main(argv=None):
-    """Train as the command line says; returns the result. What was wrong with settings, data or
-    the disk is told in one line; a mistake in the code shows its traceback."""
+    """Train as the command line says; returns the result. Wrong settings, missing data and a full
+    disk are told in one line; a mistake in the code shows its traceback."""
     s, saved = parse(argv)
     try:
         run = make_run(s, saved)
-        set_threads(run.device, saved)
+        set_threads(run, saved)
         if not saved:
             start(run)
-    except OSError as reason:
-        raise SystemExit(f"train.py: error: {reason}")
-    except ValueError as reason:                        # of a setting, or of a mistake in the code
+    except KeyboardInterrupt:
+        raise SystemExit("stopped")
+    except (OSError, ValueError) as reason:             # with its place: it may be a mistake
         place = extract_tb(reason.__traceback__)[-1]
         raise SystemExit(f"{Path(place.filename).name}, line {place.lineno}: error: {reason}")
     print(f"{s.algo} with {s.model} on {s.dataset}, seed {s.seed}, in {s.out}; "
@@ -712,7 +710,7 @@ def main(argv=None):
         return train(run)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {go_on}")
-    except OSError as reason:                           # a full disk, say
+    except OSError as reason:
         raise SystemExit(f"train.py: error: {reason}; {go_on}")
 
 

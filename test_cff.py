@@ -864,8 +864,7 @@ def test_train_on_and_validate_have_the_losses_of_the_method(monkeypatch, method
     run = small_run(monkeypatch, "--model", name, "--algo", method.split()[-1], "--views", views,
                     "--m0", 0.8, "--mL", 0.2, "--temperature", 0.3, "--threshold", 1.5,
                     "--alpha", 3)
-    run.stage = 2 if "head" in method else 1
-    run.optimizers = train.make_optimizers(run.model, run.settings, run.stage)
+    train.begin_stage(run, 2 if "head" in method else 1)
     twin, before = copy.deepcopy(run.model), weights(run.model)
     optimizers = train.make_optimizers(twin, run.settings, run.stage)
     for p in run.model.parameters():

@@ -369,11 +369,10 @@ SHAPES = {          # class: signed distance to its outline, negative inside, in
 
 
 def draw_shapes(n, seed):
-    """n drawn images uint8 (n, 3, 32, 32) and their labels (n,), 0..9 in the order of SHAPES; n is
-    a multiple of 1000."""
+    """n drawn images uint8 (n, 3, 32, 32) and their labels (n,), 0..9 in the order of SHAPES."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.cat([draw_some(1000, generator) for _ in range(n // 1000)])
-    return images, torch.arange(n) % len(SHAPES)
+    images = [draw_some(min(1000, n - start), generator) for start in range(0, n, 1000)]
+    return torch.cat(images), torch.arange(n) % len(SHAPES)
 
 
 def draw_some(n, generator):

@@ -1,14 +1,14 @@
 """Contrastive Forward-Forward and the methods it is compared with: Algorithm 1 and Fig. 1.
 
     x, y        one batch: images (B, C, height, width) and labels (B,)
-    x1, x2      CFF: its two views; FF: one view with the true and with wrong labels; first as
-                patches (B, T, D/#P), then what the layer before gave, (B, T, E), detached
-    f1, f2, f   what layer l makes of them; f both, pooled and joined, (2B, E)
+    x1, x2      CFF: its two views; FF: one view with the true and with wrong labels. First they
+                are patches (B, T, D/#P), then the outputs of the layer before, (B, T, E), detached
+    f1, f2, f   the outputs of layer l for x1 and x2; f is both, pooled and joined, (2B, E)
 
-At the right stand Algorithm 1's lines, in its order, with Eq. 13 put in. T is #P, with a label
-patch #P + 1. One call is one batch, and returns losses without a graph. Models come from vit.py;
-`optimizers` holds one optimizer for each layer, so that no update can reach another layer;
-`augment` makes of images one augmented view, drawn anew at each call.
+Right-hand comments quote Algorithm 1 in its order, with Eq. 13 inserted. T is #P, or #P + 1 with a
+label patch. Each function takes one batch; a step trains on it and returns losses without a graph.
+Models come from vit.py. `optimizers` has one optimizer per layer, so no update can reach another
+layer. `augment(images)` returns one augmented view, with new random draws at each call.
 
     >>> optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.004) for layer in model.layers]
     >>> m = margins(0.4, 0.1, len(model.layers))
@@ -25,8 +25,8 @@ from losses import contrastive_loss, ff_loss, goodness, marginal_contrastive_los
 def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
     """Train every layer on one batch by Algorithm 1, left; returns the losses, (L,).
 
-    margins: a float for each layer; all 0 is CFF (Eq. 3), `losses.margins` gives those of CFF+M
-    (Eq. 15). views: 2, or 1 for one-forward, Table 6. Raises ValueError as the loss.
+    margins: one float per layer; all 0 is CFF (Eq. 3), `losses.margins` returns those of CFF+M
+    (Eq. 15). views: 2, or 1 for one-forward, Table 6. Raises ValueError as the loss does.
     """
     if views == 1:
         return one_forward_step(model, optimizers, x, y, augment, margins, temperature)
@@ -51,7 +51,7 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
 
 
 def one_forward_step(model, optimizers, x, y, augment, margins, temperature):
-    """`cff_step` with one view: x1 and f1 alone (one-forward, Table 6)."""
+    """`cff_step` with one view, x1 and f1 (one-forward, Table 6)."""
     losses = []
     x1 = model.patches(augment(x))
     for l, layer in enumerate(model.layers):
@@ -66,16 +66,15 @@ def one_forward_step(model, optimizers, x, y, augment, margins, temperature):
 def cff_losses(model, x, y, augment, margins, temperature, views=2):
     """The losses that `cff_step` would return for one batch, without training: (L,)."""
     by_view = [encode(model, augment(x)) for _ in range(views)]
-    y = y.repeat(views)
     losses = []
     for l, m in enumerate(margins):
         f = torch.cat([pooled[l] for pooled in by_view])                    # (views * B, E)
-        losses.append(marginal_contrastive_loss(normalize(f), y, m, temperature))
+        losses.append(marginal_contrastive_loss(normalize(f), y.repeat(views), m, temperature))
     return torch.stack(losses)
 
 
 def update(optimizer, loss):
-    """One step of backpropagation from this loss; returns it without its graph."""
+    """Backpropagate this loss and update; returns it without its graph."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -88,15 +87,15 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
     """Train every layer on one batch by Algorithm 1, right; returns the losses, (L,).
 
     loss: (g_pos, g_neg), both (B,) -> scalar: `losses.ff_loss` for FF, `losses.symba_loss` for
-    SymBa. generator: of the wrong labels, on the CPU. collab=True is FF Collab.
+    SymBa. generator: a CPU generator that draws the wrong labels. collab=True is FF Collab.
     """
     losses = []
     x = augment(x)                                      # x, y_wrong = augment(x), wrong(y)
     y_wrong = wrong_labels(y, model.num_classes, generator)
     x1 = model.patches(x, y)                            # x = patching(x)
     x2 = model.patches(x, y_wrong)                      # x1, x2 = cat_label_patch(x, y, y_wrong)
-    gamma1 = gamma2 = [0] * len(model.layers)           # FF Collab's goodness of the other layers
-    if collab:                                          # from before this batch's updates
+    gamma1 = gamma2 = [0] * len(model.layers)           # FF Collab: goodness of the other layers
+    if collab:                                          # before this batch's updates
         gamma1 = gammas(layer_goodness(model, x, y))
         gamma2 = gammas(layer_goodness(model, x, y_wrong))
     for l, layer in enumerate(model.layers):            # for l in range(L):
@@ -135,14 +134,14 @@ def ff_losses(model, x, y, augment, loss, generator=None, collab=False):
 def wrong_labels(y, num_classes, generator=None):
     """For each label of y (B,) one of the other classes, all equally likely: (B,), never y.
 
-    generator: what they are drawn from, on the CPU; the same seed gives the same labels.
+    generator: a CPU generator; the same seed gives the same labels.
     """
     shift = torch.randint(1, num_classes, y.shape, generator=generator)
     return (y + shift.to(y.device, non_blocking=True)) % num_classes
 
 
 def unit(h):
-    """Each image's output over its norm over all tokens, f / norm2(f): (B, T, E) or (B, E)."""
+    """Divide each image's output by its norm over all tokens: (B, T, E) or (B, E), same shape."""
     return normalize(h.flatten(1)).view_as(h)
 
 
@@ -223,8 +222,8 @@ def predict(model, images, algo, head=False):
     """Scores (B, classes) of images (B, C, height, width) by a method; the largest wins.
 
     "cff", "cffm", "scl" and "bp": the head's, in one forward pass. "ff", "symba" and "collab": the
-    goodness with each class's label, summed over the layers, a pass for each class; with head=True
-    the head's, in one pass (Table 2). Raises ValueError for another algo, or another's model.
+    goodness with each class's label, summed over the layers, one pass per class; with head=True
+    the head's, in one pass (Table 2). Raises ValueError for an unknown algo or an unsuitable model.
     """
     if algo not in ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"):
         raise ValueError(f"algo: cff, cffm, ff, symba, collab, scl or bp; got {algo!r}")

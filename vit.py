@@ -12,9 +12,9 @@ A model is a list of local layers, each trained by its own loss; data flows thro
         h = layer(h)                       # (B, T, E)     model.pool(h), (B, E), is for the loss
     scores = model.head(model.pool(h))     # (B, classes)
 
-An MLP has one vector an image where a ViT has tokens: (B, D), then (B, E). A model built with
+An MLP has one vector per image where a ViT has tokens: (B, D), then (B, E). A model built with
 `labels`, for FF, SymBa and FF Collab, gets the label with the image, model.patches(images, y), and
-normalises between layers: cff.encode and cff.features are its way through them.
+its layers' outputs are normalised before the next layer: see cff.encode.
 
     >>> model = build_model("ViT[128 4 5]", image_shape=(3, 32, 32), num_classes=10)
 """
@@ -69,8 +69,8 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """One pre-norm encoder layer of Section 3.4, without dropout: (B, T, E) -> (B, T, E).
 
-    In its start and in what it computes equal to torch.nn.TransformerEncoderLayer(E, H, 2 * E,
-    dropout=0, activation="gelu", norm_first=True, batch_first=True).
+    Same initialisation and output as torch.nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0,
+    activation="gelu", norm_first=True, batch_first=True).
     """
 
     def __init__(self, embed_dim, num_heads):
@@ -88,10 +88,10 @@ class EncoderLayer(nn.Module):
 # ------------------------------------------------------------------------------------ the models
 
 class PatchEmbedding(nn.Module):
-    """What comes before the first encoder layer and trains with it: (B, T, D/#P) -> (B, T, E).
+    """The part of layer 1 before its encoder layer: (B, T, D/#P) -> (B, T, E).
 
-    Linear projection, ReLU, a class token if asked for (then T + 1), and a learnable position for
-    each token, started at N(0, position_std).
+    Linear projection, ReLU, on request a class token (then T + 1 tokens), and a learnable position
+    for each token, initialised from N(0, position_std).
     """
 
     def __init__(self, patch_dim, num_tokens, embed_dim, class_token, position_std):
@@ -198,7 +198,7 @@ def label_rows(table, y):
         return None
     C = len(table) - 1
     if y.device.type == "cpu" and not ((y >= -1) & (y < C)).all():
-        raise ValueError(f"labels must be 0..{C - 1}, or -1 for neutral; got {y.tolist()}")
+        raise ValueError(f"labels must be 0..{C - 1}, or -1 for neutral; got {y.min()}..{y.max()}")
     return table[y]
 
 

@@ -72,8 +72,7 @@ TASKS = {       # number: (paper, what to write, the tests that grade it, simple
     11: ("the mean of Eq. 13, with less work", ["pooled.pooled_output"],
          ["test_pooled_output_part_by_part",
           "test_pooled_output_gives_each_parameter_its_gradient",
-          "test_pooled_output_pools_before_the_last_product",
-          "test_pooled_output_asks_no_gradient_of_its_input"]),
+          "test_pooled_output_takes_fewer_products"]),
 }
 FILE = "students_file.py"       # the child's copy of what is graded
 PRINTED = 10_000                # characters kept of what a student's code prints
@@ -103,20 +102,14 @@ def template():
     return "\n\n".join(parts)
 
 
-def stub(thing, number):
-    """A function or class with its docstring, its code to be written."""
-    if inspect.isclass(thing):
-        head = f"class {thing.__name__}(nn.Module):\n"
-        methods = [stub(vars(thing)[name], number) for name in ("__init__", "forward")]
-        body = "\n" + "\n".join(methods)
-    else:
-        head = f"def {thing.__name__}{inspect.signature(thing)}:\n"
-        body = f'raise NotImplementedError("{task(number)}")\n'
-    if thing.__doc__:
-        text = inspect.getdoc(thing)
-        end = "\n" if "\n" in text else ""
-        body = f'"""{text}{end}"""\n{body}'
-    return head + indent(body, "    ")
+def stub(answer, number):
+    """The head of a function or class, to the end of its docstring; its code is to be written."""
+    source, to_write = inspect.getsource(answer), f'raise NotImplementedError("{task(number)}")\n'
+    head = source[:source.index('"""', source.index('"""') + 3) + 3] + "\n"
+    if inspect.isfunction(answer):
+        return f"{head}    {to_write}"
+    methods = re.findall(r"    def (?:__init__|forward)\(.*\n", source)
+    return head + "".join(f"\n{method}        {to_write}" for method in methods)
 
 
 # ----------------------------------------------------- the child process: pytest with a plugin
@@ -140,7 +133,7 @@ def to_do(text):
 
 
 def guarded(mine, theirs, name):
-    """A student's function that gets copies of its tensors, and may not change them or return None.
+    """`mine`, called with copies of its tensors; it may not change them, or return None.
 
     theirs: the project's function, for the names of the arguments.
     """
@@ -197,10 +190,8 @@ class Plugin:
                      "-p", "no:faulthandler"], plugins=[self])
 
     def note(self, *words):
+        """Write a line for the parent. Unless another follows in time, the child ends itself."""
         self.notes.write(json.dumps(words) + "\n")
-
-    def set_alarm(self):
-        """If the process is still at work in so many seconds, it ends, and notes at which line."""
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.trace)
 
     def pytest_collectreport(self, report):
@@ -216,7 +207,7 @@ class Plugin:
         if sys.platform == "linux":
             import resource                             # Windows has none
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        self.set_alarm()
+        self.note("begun")
         try:
             self.mine = importlib.import_module(Path(FILE).stem)
         except BaseException as error:                  # whatever a file of Python can raise
@@ -226,7 +217,6 @@ class Plugin:
             return True
         self.note("read")
         for number in self.numbers:
-            self.set_alarm()
             self.note(number, *judge(number, list(self.outcomes(number, session.items))))
         return True
 
@@ -311,7 +301,7 @@ def report(path, tasks, printed, refused):
     lines = [printed.rstrip("\n")] if printed else []
     lines += [f"{path} cannot be read: {refused}"] if refused else []
     for number, (state, words) in tasks.items():
-        names = ", ".join(name for _, name, _ in answers(number))
+        names = ", ".join(name.split(".")[1] for name in TASKS[number][1])
         lines.append(f"{task(number)}  {state:9s} {names} ({TASKS[number][0]})")
         lines += [indent(words, 8 * " ")] if words else []
     return "\n".join(lines)
@@ -353,10 +343,11 @@ def grade(arguments):
     parser.add_argument("--reports", metavar="DIR", help="write one text file per student")
     parser.add_argument("--force", action="store_true", help="let these two overwrite files")
     options = parser.parse_args(arguments)
-    only = [name for word in options.only for name in word.split(",")]
-    for name in only:
-        if name not in map(task, TASKS):
-            raise ValueError(f"-k {name}: tasks are named task01 ... {task(len(TASKS))}")
+    only = {name for word in options.only for name in word.split(",")}
+    if not only <= set(map(task, TASKS)):
+        raise ValueError(f"-k {','.join(only)}: tasks are named task01 ... {task(len(TASKS))}")
+    if not 0 < options.seconds <= 86400:
+        raise ValueError(f"--seconds needs 1 to 86400; got {options.seconds:g}")
     if options.csv and not options.csv.lower().endswith(".csv"):
         raise ValueError(f"--csv needs a name that ends in .csv; got {options.csv}")
     if options.template:
@@ -372,7 +363,7 @@ def grade_files(options, numbers):
     """Grade files, several at once, and print or write the verdicts as they come."""
     paths = []
     for name in options.files:                          # Windows leaves *.py to the program
-        paths += sorted(glob.glob(name.replace("[", "[[]"))) if "*" in name else [name]
+        paths += sorted(glob.glob(name.replace("[", "[[]"))) or [name]
     names = [Path(path).stem for path in paths]
     if len(set(names)) < len(names):                    # one folder per student
         names = [f"{Path(path).absolute().parent.name}-{Path(path).stem}" for path in paths]
@@ -392,7 +383,7 @@ def grade_files(options, numbers):
                                     *states, *words])
         text = report(path, tasks, printed, refused)
         if options.reports:
-            Path(options.reports, name + ".txt").write_text(text + "\n", "utf-8")
+            Path(options.reports, name + ".txt").write_text(text + "\n", "utf-8", "replace")
         if options.csv or options.reports:
             text = f"{path}: {refused or f'{points} of {len(numbers)} done'}"
         elif len(paths) > 1:

@@ -118,8 +118,9 @@ def hide_answers():
     """From now on, whoever imports the project gets copies of its modules without the answers."""
     instead = {id(answer): to_do(f"{task(number)}: {name} of {module.__name__}.py is the answer")
                for number in TASKS for module, name, answer in answers(number)}
+    folders = [ROOT, *((ROOT / file).parent for file in TEST_FILES)]
     for name, module in list(sys.modules.items()):
-        if ROOT in Path(getattr(module, "__file__", None) or "/").parents:
+        if Path(getattr(module, "__file__", None) or "/").parent in folders:
             sys.modules[name] = types.ModuleType(name)
             for key, value in vars(module).items():             # an answer may have another name
                 setattr(sys.modules[name], key, instead.get(id(value), value))
@@ -159,7 +160,7 @@ def students_lines(text):
 def explain(error, test):
     """(outcome, words) of a test that raised an error."""
     words = str(error).split("\nassert")[0][:2000]
-    where = students_lines("".join(traceback.format_exception(error)))
+    where = students_lines("".join(traceback.format_tb(error.__traceback__)))
     if isinstance(error, NotImplementedError) and re.match(r"task\d\d", words):
         return "to do", f"to do: {words}"
     if where or not isinstance(error, AssertionError):
@@ -181,13 +182,13 @@ class Plugin:
         self.trace = open(self.folder / "grade.trace", "w", encoding="utf-8")
 
     def run(self):
-        """Run pytest, without the settings in the project's folder and in those above it."""
+        """Run pytest without the settings in the project's folder and above; returns its status."""
         settings = self.folder / "pytest.ini"
         settings.write_text("[pytest]\n", encoding="utf-8")
         os.chdir(ROOT)                                  # pytest misreads a "[" in a path
-        pytest.main([*TEST_FILES, "-c", str(settings), "--rootdir=.", "--noconftest",
-                     "--capture=no", "-p", "no:terminal", "-p", "no:cacheprovider",
-                     "-p", "no:faulthandler"], plugins=[self])
+        return pytest.main([*TEST_FILES, "-c", str(settings), "--rootdir=.", "--noconftest",
+                            "--capture=no", "-p", "no:terminal", "-p", "no:cacheprovider",
+                            "-p", "no:faulthandler"], plugins=[self])
 
     def note(self, *words):
         """Write a line for the parent. Unless another follows in time, the child ends itself."""
@@ -211,7 +212,7 @@ class Plugin:
         try:
             self.mine = importlib.import_module(Path(FILE).stem)
         except BaseException as error:                  # whatever a file of Python can raise
-            where = students_lines("".join(traceback.format_exception(error)))[-1:]
+            where = students_lines("".join(traceback.format_tb(error.__traceback__)))[-1:]
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self.note("refused", ": ".join([*where, words]).replace(" in <module>", ""))
             return True
@@ -285,7 +286,9 @@ def examine(path, numbers, seconds):
                                   for name in ("notes", "trace", "printed"))
         notes = {key: words for key, *words in map(json.loads, notes.splitlines())}
         printed = (printed + more)[:PRINTED]
-        ended = "no result in time" if "Timeout" in trace else f"Python ended, exit status {status}"
+        ended = f"Python ended, exit status {status}"
+        if "Timeout" in trace:
+            ended = f"no result in {seconds:g} s"
         ended = ", at ".join([ended, *students_lines(trace)[:1]])
         if "read" not in notes:
             return {}, printed, notes.get("refused", [ended])[0]
@@ -402,7 +405,7 @@ if __name__ == "__main__":
     try:
         sys.exit(grade(sys.argv[1:]))
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(error, "(see --force)" if isinstance(error, FileExistsError) else "", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:                           # do not wait for the threads
         os._exit(130)

@@ -189,7 +189,7 @@ class Zoo(Plugin):
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     zoo, here = Zoo(tmp_path_factory.mktemp("zoo"), None, None), Path.cwd()
-    zoo.run()
+    assert zoo.run() == pytest.ExitCode.TESTS_FAILED            # not that pytest broke
     os.chdir(here)
     return zoo.words
 
@@ -246,7 +246,7 @@ FILES = {       # name: (text, status, task01, task02, words)
     "half": (template() + HONEST.split("def contr")[0], "graded", "done", "to do", ""),
     "blank": ("", "graded", "to do", "to do", ""),
     "looping": (HONEST.replace("return h", "while True: h"), "graded", "0 of 3", "done",
-                "no result in time, at line 6 in goodness"),
+                "no result in 5 s, at line 6 in goodness"),
     "exiting": (with_line("import os; os._exit(0)"), "graded", "done", "0 of 4", "Python ended"),
     "leaving": ("x = 1\nimport sys; sys.exit(0)", "line 2: SystemExit", "", "", ""),
     "crashing": (with_line("import ctypes; ctypes.string_at(0)"), "graded", "done", "0 of 4",
@@ -268,7 +268,7 @@ def test_files_that_a_teacher_meets(tmp_path, monkeypatch):
         path.write_text(text, encoding="utf-16" if name == "utf16" else "utf-8", newline="")
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -x -ra --tb=short\n")
     monkeypatch.setenv("PYTEST_ADDOPTS", "-x -k nothing")
-    command = [sys.executable, HERE / "grade.py", *sorted(tmp_path.glob("*.py")), "--seconds", "3",
+    command = [sys.executable, HERE / "grade.py", *sorted(tmp_path.glob("*.py")), "--seconds", "5",
                "-k", "task01", "-k", "task02", "--csv", "grades.CSV", "--reports", "reports"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert run.returncode == 2 and not run.stderr, run.stderr

@@ -240,7 +240,12 @@ goodness = mean_of_squares
 def contrastive_loss(f, y, temperature=0.15):
     return losses.contrastive_loss(f, y, temperature)
 """
-PLOTTING = "import pytest\nplt = pytest.importorskip('matplotlib.pyplot')\nplt.show()\n" + HONEST
+PLOTTING = """try:
+    import matplotlib.pyplot as plt
+    plt.show()
+except ImportError:
+    pass
+"""
 FILES = {       # name: (text, status, task01, task02, words)
     "honest": (HONEST, "graded", "done", "done", ""),
     "half": (template() + HONEST.split("def contr")[0], "graded", "done", "to do", ""),
@@ -254,7 +259,7 @@ FILES = {       # name: (text, status, task01, task02, words)
     "flooding": (with_line("print(1_000_000 * 'x')"), "graded", "done", "done", ""),
     "importing": (IMPORTING, "graded", "to do", "to do", "goodness of losses.py is the answer"),
     "müller": ("\ufeff# ß\n" + HONEST.replace("\n", "\r\n"), "graded", "done", "done", ""),
-    "plotting": (PLOTTING, "graded", "done", "done", ""),
+    "plotting": (PLOTTING + HONEST, "graded", "done", "done", ""),
     "mutating": (with_line("f.mul_(0)"), "graded", "done", "0 of 4",
                  "contrastive_loss changes its argument f"),
     "utf16": (HONEST, "it is saved as UTF-16", "", "", ""),

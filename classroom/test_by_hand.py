@@ -1,12 +1,12 @@
-"""The four vectors of the README, and what the tasks say by hand: grading begins with these tests.
-At the end those of task11.
+"""Small tests that grading begins with: the README's four vectors, one part of a task at a time.
 
-    python -m pytest -q -k "worked_example or pooled_output"
+    python -m pytest -q classroom/test_by_hand.py
 """
 import math
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,9 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cff
 import losses
 import pooled
-from test_cff import close, sets, slow_loss
+import vit
+from test_cff import close, inputs_of, slow_loss, small_case
 
 
 FOUR = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
@@ -36,6 +38,13 @@ def test_worked_example_of_goodness():
     close(losses.goodness(h), torch.tensor([6.25]), "Eq. 1 / E of [3, 4, 0, 0]", 1e-6)
     got = losses.ff_loss(torch.tensor([2.0]), torch.tensor([2.0]), 2.0)
     close(got, torch.tensor(math.log(2)), "Eq. 2 at G^pos = G^neg = theta, ln 2", 1e-6)
+
+
+def test_eq3_of_two_equal_rows_is_zero():
+    f = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    close(losses.contrastive_loss(f, torch.tensor([7, 7]), 1.0), torch.tensor(0.0),
+          "Eq. 3 of two equal rows of one class, -ln(e / e): A(i) is every row but row i itself",
+          1e-6)
 
 
 def test_worked_example_of_eq3():
@@ -83,22 +92,51 @@ def test_worked_example_of_a5_a6_a7():
           *four("Eq. A.7, i = 0, k = 2: e^0 / Z_0 f_0", 1 / Z0, 0.0))
 
 
-def test_worked_example_in_the_readme():
-    """The numbers that the README carries by hand, computed."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8").split("Four vectors, by hand")[1]
-    s, shown = FOUR @ FOUR.T, [f"is {slow_loss(FOUR, TWO, 0.4, 1):.4f}"]
-    for i in range(4):
-        P, N = sets(TWO, i)
-        Q = min(s[i, P[0]].item() + 0.4, 1)
-        Z = e(Q) + sum(e(s[i, n]) for n in N)
-        shown += [f"| {Z:.4f} |", f"| {math.log(Z) - Q:.4f} |"]
-    for k in (0, 2):
-        v = losses.grad_anchor(FOUR, TWO, k, 0.4, 1)
-        shown.append(f"({v[0]:.4f}, {v[1]:.4f})")
-    shown.append(f"(0, {losses.grad_positive(FOUR, TWO, 2, 3, 0.4, 1)[1]:.4f})")
-    shown.append(f"({losses.grad_negative(FOUR, TWO, 0, 2, 0.4, 1)[0]:.4f}, 0)")
-    for number in shown:
-        assert number in page, f"not in the README: {number}"
+# -------------------------------------------------------- Algorithm 1 and attention, part by part
+
+def test_algorithm1_on_an_mlp_of_one_layer():
+    model, optimizers, x, y, _ = small_case("mlp-8-1")
+    f = model.layers[0](x.flatten(1))
+    expected = slow_loss(f / f.norm(dim=1, keepdim=True), y, 0.4, 0.3).detach()[None]
+    got = cff.cff_step(model, optimizers, x, y, lambda x: x, [0.4], 0.3, views=1)
+    close(got, expected, "Algorithm 1, views=1, an MLP of one layer, no augmentation: the loss of "
+          "f/norm2(f), each row of f divided by its own length")
+
+
+def test_algorithm1_clears_old_gradients():
+    model, optimizers, x, y, _ = small_case("mlp-8-1")
+    weight, seen = model.layers[0][0].weight, []
+    optimizers[0].step = lambda: seen.append(weight.grad.clone())       # the weights stay
+    for _ in range(2):
+        cff.cff_step(model, optimizers, x, y, lambda x: x, [0.4], 0.3)
+    close(seen[1], seen[0], "Algorithm 1, the gradient of the same batch and weights a second "
+          "time: without zero_grad() the old gradient is added to it")
+
+
+def test_algorithm1_right_between_two_layers():
+    model, optimizers, x, y, _ = small_case("vit-8-2-2", "patch")
+    views, inputs = [], inputs_of(model.layers[1])
+    cff.ff_step(model, optimizers, x, y, lambda x: views.append(x) or x, losses.ff_loss)
+    assert len(views) == 1, ("Algorithm 1, right: the true and the wrong labels go with the same "
+                             f"view, so augment is called once in a step; got {len(views)} calls")
+    lengths = torch.cat(inputs).flatten(1).norm(dim=1)
+    close(lengths, torch.ones_like(lengths), "Algorithm 1, right: the length of what layer 2 gets "
+          "of an image, f/norm2(f), where norm2 is the norm over all tokens together")
+
+
+def test_attention_by_hand():
+    attention, x = vit.Attention(8, 2), torch.zeros(1, 2, 8)
+    with torch.no_grad():
+        for linear in (attention.qkv, attention.out):           # q = k = v = x
+            linear.weight.copy_(torch.eye(8).repeat(len(linear.weight) // 8, 1))
+            linear.bias.zero_()
+    x[0, 0, :4] = 1                                             # d = 4, and q k^T is 4 or 0
+    first, second = attention(x)[0, :, 0]
+    assert abs(first - e(2) / (e(2) + 1)) < 1e-5, \
+        f"Sec. 3.4: softmax(q k^T / sqrt(d)) v is 0.881 here, with d = E/H = 4; got {first:.3f}; " \
+        "0.804 divides by sqrt(E), 0.982 does not divide"
+    assert abs(second - 1 / 2) < 1e-5, \
+        f"Sec. 3.4: softmax over the keys gives 0.5 here, over the queries 0.119; got {second:.3f}"
 
 
 # ------------------------------------------------------------------------------ the pooled output
@@ -121,19 +159,24 @@ def layers():
     return theirs, parts, torch.randn(B, T, E, dtype=torch.float64)
 
 
-def products(parts, x):
-    """The FLOP of a forward and a backward pass, in a product of all tokens with an E x E matrix,
-    without attention's q k^T and (softmax) v, six passes in all."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:   # counts q k^T
-        pooled.pooled_output(parts, x).sum().backward()
-    attention = 6 * 2 * B * T * T * E
-    return (counter.get_total_flops() - attention) / (2 * B * T * E * E)
-
-
-def test_pooled_output_is_the_mean_of_the_layers():
+@pytest.mark.parametrize("part, words", [
+    ("mlp", "without attention, z = x: W2 mean(u) + b2 + mean(z), u = GELU(W1 LN(z) + b1), where "
+     "the mean comes after GELU"),
+    ("beta", "without the MLP, for x of equal numbers: LN(x) is beta, and qkv gives W beta + b"),
+    ("eps", "without the MLP, for small x: LN divides by sqrt(var + eps), var is a mean over E"),
+    ("all", "the mean over tokens of f = MLP(LN(z)) + z (Eq. 13)"),
+])
+def test_pooled_output_part_by_part(part, words):
     theirs, parts, x = layers()
-    close(pooled.pooled_output(parts, x), theirs(x).mean(dim=1),
-          "Eq. 13 of Sec. 3.4's layer, the mean over tokens of f = MLP(LN(z)) + z")
+    if part != "all":
+        off = parts.attention.out if part == "mlp" else parts.mlp[2]
+        nn.init.zeros_(off.weight)
+    if part == "beta":
+        x = torch.ones_like(x)
+    if part == "eps":
+        x = 1e-3 * x
+    expected = theirs(x).mean(dim=1)
+    close(pooled.pooled_output(parts, x), expected, f"Sec. 3.4, {words}", 1e-8)
 
 
 def test_pooled_output_gives_each_parameter_its_gradient():
@@ -148,16 +191,17 @@ def test_pooled_output_gives_each_parameter_its_gradient():
         close(p.grad, expected[name], f"Sec. 3.4, the gradient of {name}")
 
 
-def test_pooled_output_pools_before_the_last_product():
-    _, parts, x = layers()          # forward 3 + 1 + 2, backward twice that, and W2's rows
-    most, n = 18 + 3 * 2 / T, products(parts, x)
-    assert n < most + 0.01, (f"Sec. 3.4: {n:.1f} products of all tokens with an E x E matrix, "
-                             f"{most:.1f} do: pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)")
-
-
-def test_pooled_output_asks_no_gradient_of_its_input():
-    _, parts, x = layers()          # backward without LN(x)'s gradient, of 3 products
-    most, n = 15 + 3 * 2 / T + 1, products(parts, x)        # 1: what is done with W alone
-    assert n < most + 0.01, (f"Sec. 3.4: {n:.1f} products of all tokens with an E x E matrix, "
-                             f"{most:.1f} do: LN's g and beta need no gradient of LN(x)")
-    assert n > 15, f"Sec. 3.4: {n:.1f} products of matrices, 15 are needed: write them with @"
+def test_pooled_output_takes_fewer_products():
+    """The FLOP of both passes, counted in products of all tokens with an E x E matrix."""
+    _, parts, x = layers()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        pooled.pooled_output(parts, x).sum().backward()
+    attention = 6 * 2 * B * T * T * E                   # q k^T and (softmax) v, in both passes
+    n = (counter.get_total_flops() - attention) / (2 * B * T * E * E)
+    first, both = 18 + 3 * 2 / T, 15 + 3 * 2 / T + 1    # 1: products of W alone
+    words = f"Sec. 3.4: {n:.1f} products of all tokens with an E x E matrix"
+    assert n < first + 0.01, \
+        f"{words}; {first:.1f} are enough: pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)"
+    assert n < both + 0.01, \
+        f"{words}; {both:.1f} are enough: LN's g and beta need no gradient of LN(x)"
+    assert n > 15, f"{words}; at least 15 are needed: write products with @"

@@ -117,7 +117,8 @@ def train(run):
                 losses = train_on(run, images[rows], labels[rows])      # (L,), or a scalar
                 total += len(rows) * losses
                 n += len(rows)
-                show_progress(f"epoch {run.epoch + 1}/{run.epochs}, batch {i + 1}/{len(batches)}")
+                if sys.stdout and sys.stdout.isatty():                  # a live count
+                    print(f"epoch {run.epoch + 1}, batch {i + 1}", end="\r", flush=True)
             end_epoch(run, total / n, validate(run), start)
         run.model.load_state_dict(run.best)             # the epoch with the lowest validation loss
         begin_stage(run, run.stage + 1)
@@ -256,14 +257,7 @@ def choosing_loss(algo, val_losses):
 
 def print_row(cells):
     """Print cells in aligned columns."""
-    show_progress("")
     print("".join(f"{cell:>10}" for cell in cells), flush=True)
-
-
-def show_progress(text):
-    """On a terminal, write text over the current line; nothing where output goes to a file."""
-    if sys.stdout is not None and sys.stdout.isatty():
-        print(f"\r{text:40}\r", end="", flush=True)
 
 
 # ------------------------------------------------------------------ what a network has learned
@@ -633,7 +627,15 @@ def parse(argv=None):
     parser.add_argument("-h", "--help", action="store_true", help="these flags; defaults in [...]")
     typed = vars(parser.parse_args(argv))
     if typed.pop("resume", False):
-        return resume(parser, typed)
+        try:
+            saved = read(Path(typed.get("out", "")) / "checkpoint.pt")
+            s = DEFAULTS | saved["settings"]
+        except (OSError, LookupError, TypeError) as reason:         # none, or another program's
+            parser.error(f"no run to resume: {reason}")
+        changed = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
+        if changed:
+            parser.error(f"--resume keeps the run's settings: {', '.join(changed)} cannot change")
+        return SimpleNamespace(**s | typed), saved
     recipe = typed.get("recipe")
     if typed.get("dataset") == "mnist" and typed.get("model", "mlp").startswith("vit"):
         recipe = recipe or "none"                       # MNIST's own recipe is for MLPs
@@ -656,19 +658,6 @@ def parse(argv=None):
     if (Path(s["out"]) / "config.json").exists():
         parser.error(f"{s['out']} holds a run: continue it (--resume) or name another (--out)")
     return SimpleNamespace(**s), None
-
-
-def resume(parser, typed):
-    """(settings, checkpoint) of the run in --out, for `parse`."""
-    try:
-        saved = read(Path(typed.get("out", "")) / "checkpoint.pt")
-        s = DEFAULTS | saved["settings"]
-    except (OSError, LookupError, TypeError) as reason:
-        parser.error(f"no run to resume: {reason}")
-    changed = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
-    if changed:
-        parser.error(f"--resume keeps the run's settings: {', '.join(changed)} cannot change")
-    return SimpleNamespace(**s | typed), saved
 
 
 def set_threads(run, saved):

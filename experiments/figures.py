@@ -161,20 +161,10 @@ def draw_epochs(axes, log):
 
 # -------------------------------------------------------------------------------- Figs. 4b, 6 and 7
 
-def fig4b(runs):
-    """Accuracy by margin; methods without margins are horizontal lines."""
-    return by_setting(*compare(runs, "fig4b"))
-
-
-def fig7(runs):
-    """Accuracy by the one setting in which runs of a method differ."""
-    return by_setting(*compare(runs, "fig7"))
-
-
 def fig6(runs):
     """The probe's accuracy by epoch: mean and range of the seeds. A mark at the mean epoch of
     convergence, which the legend has with its standard deviation."""
-    groups, _ = compare(runs, "fig6")
+    groups = read_groups(find_folders(runs))
     figure, axis = make_figure(size=(9, 4.5))
     for group in groups:
         algo, means, low, high = group[0].settings.algo, [], [], []
@@ -193,35 +183,27 @@ def fig6(runs):
     return finish(figure, groups, "", legend="epochs to\nconvergence (mark)")
 
 
-def compare(names, figure):
-    """(groups, the setting that varies) of the runs that names or patterns mean. Raises ValueError
-    if another figure shows such runs."""
-    groups = read_groups(find_folders(names))
-    varied = what_varies(groups)
-    fits = "fig4b" if varied in MARGINS else "fig7" if varied else "fig6"
-    if figure != fits:
-        raise ValueError(f"these runs differ in {varied or 'the method at most'}: use {fits}")
-    return groups, varied
-
-
 def what_varies(groups):
     """The one setting in which runs of a method differ, or any runs if it is of the data or the
-    model; "" if none. Raises ValueError for several."""
+    model. Raises ValueError for none or several."""
     shared = ("dataset", "limit", "model", "augment", "missing", "label_noise")
     settings = [essential(runs[0]) for runs in groups]
     varied = {name for name in shared if len({s[name] for s in settings}) > 1}
     for algo in NAMES:
         mine = [s for s in settings if s["algo"] == algo]
         varied |= {name for s in mine for name in s if s[name] != mine[0][name]}
-    if len(varied) > 1:
-        raise ValueError(f"these runs differ in {', '.join(sorted(varied))}; a figure shows one")
-    return varied.pop() if varied else ""
+    if len(varied) != 1:
+        settings = ", ".join(sorted(varied)) or "no setting but the method: see fig6"
+        raise ValueError(f"a figure shows one setting that varies; these runs differ in {settings}")
+    return varied.pop()
 
 
-def by_setting(groups, varied):
-    """Accuracy by the setting `varied`: mean and standard deviation of the seeds. On validation
-    images, as in Figs. 4b and 7; on test images for Table 4's settings, which change the others."""
-    part, name = "val", "validation"
+def fig7(runs):
+    """Accuracy by the one setting that varies: mean and standard deviation of the seeds. Methods
+    without margins are horizontal lines in Fig. 4b. On validation images, as in the paper; on test
+    images for Table 4's settings, which change the others."""
+    groups = read_groups(find_folders(runs))
+    varied, part, name = what_varies(groups), "val", "validation"
     if varied in ("missing", "label_noise"):
         part = name = "test"
     figure, axis = make_figure(size=(8.5, 4.5))
@@ -236,14 +218,15 @@ def by_setting(groups, varied):
         look = {"color": COLOURS[algo], "label": NAMES[algo]}
         if mine and varied in MARGINS and algo != "cffm":
             axis.axhline(means[0], ls="--", **look)
-            axis.axhspan(means[0] - spreads[0], means[0] + spreads[0], alpha=0.15, lw=0,
-                         color=COLOURS[algo])
         elif mine:
             axis.errorbar([ticks.index(place(runs, varied)) for runs in mine], means, yerr=spreads,
                           marker=MARKS[algo], capsize=3, **look)
     axis.set_xticks(range(len(ticks)), [label for _, label in ticks])
     axis.set(xlabel=LABELS.get(varied, varied.replace("_", " ")), ylabel=f"{name} accuracy, %")
     return finish(figure, groups, varied, legend="method")
+
+
+fig4b = fig7                            # Fig. 4b is the same by --m0
 
 
 def place(runs, varied):
@@ -274,20 +257,21 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, path = parser.add_subparsers(dest="figure", required=True), os.path.expanduser
     add = {}
-    for draw in (fig4a, fig4b, fig5, fig6, fig7, views):
-        command = commands.add_parser(draw.__name__, argument_default=argparse.SUPPRESS)
+    for name, draw in (("fig4a", fig4a), ("fig4b", fig4b), ("fig5", fig5), ("fig6", fig6),
+                       ("fig7", fig7), ("views", views)):
+        command = commands.add_parser(name, argument_default=argparse.SUPPRESS)
         command.set_defaults(draw=draw)
         command.add_argument("--out", type=path, metavar="FILE", help="the picture")
-        add[draw] = command.add_argument
+        add[name] = command.add_argument
     for name, kind, default in (("m0", float, 0.4), ("mL", float, 0.1), ("L", int, 8)):
-        add[fig4a](name, nargs="?", type=kind, default=default, help="[%(default)s]")
-    for draw in (fig4b, fig6, fig7):
-        add[draw]("runs", nargs="+", metavar="RUN", type=path, help="folders of runs")
-    add[fig5]("run", metavar="RUN", type=path, help="a run's folder")
-    add[fig5]("--device", choices=SETTINGS["device"][1], help="default: the run's")
-    add[fig5]("--data-dir", type=path, help="folder of the data sets; default: the run's")
-    add[views]("--dataset", choices=SETTINGS["dataset"][1], default="shapes")
-    add[views]("--data-dir", type=path, default="data", help="folder of the data sets")
+        add["fig4a"](name, nargs="?", type=kind, default=default, help="[%(default)s]")
+    for name in ("fig4b", "fig6", "fig7"):
+        add[name]("runs", nargs="+", metavar="RUN", type=path, help="folders of runs")
+    add["fig5"]("run", metavar="RUN", type=path, help="a run's folder")
+    add["fig5"]("--device", choices=SETTINGS["device"][1], help="default: the run's")
+    add["fig5"]("--data-dir", type=path, help="folder of the data sets; default: the run's")
+    add["views"]("--dataset", choices=SETTINGS["dataset"][1], default="shapes")
+    add["views"]("--data-dir", type=path, default="data", help="folder of the data sets")
     args = vars(parser.parse_args(argv))
     draw, name = args.pop("draw"), args.pop("figure")
     out = args.pop("out", Path(args.get("run", ""), f"{name}.png"))

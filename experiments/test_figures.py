@@ -82,8 +82,7 @@ def test_a_run_that_cannot_be_read_does_not_stop_the_others(run, tmp_path, capsy
 
 @pytest.mark.parametrize("figure, runs, words", [
     ("fig4b", [RECORDS / f"tenth-cffm-{name}-s0" for name in ("m02", "views1")], "in m0, views"),
-    ("fig6", MARGINS, "differ in m0: use fig4b"), ("fig4b", MODELS, "differ in model: use fig7"),
-    ("fig7", METHODS, "differ in the method at most: use fig6"), ("fig6", ["x"], "none of these")])
+    ("fig7", METHODS, "no setting but the method: see fig6"), ("fig6", ["x"], "none of these")])
 def test_runs_that_a_figure_does_not_show_are_refused_in_words(figure, runs, words, capsys):
     assert draw(figure, *runs) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]

@@ -5,6 +5,7 @@
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,18 +146,15 @@ B, T, E, H = 25, 5, 12, 3       # many tokens: what is done with W alone is smal
 
 
 def layers():
-    """torch's encoder layer, its parts by our names, which cannot be called, and an input."""
+    """An encoder layer, its parts alone, which cannot be called, and an input."""
     torch.manual_seed(0)
-    theirs = nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0, activation="gelu", norm_first=True,
-                                        batch_first=True, dtype=torch.float64)
-    for p in theirs.parameters():
-        nn.init.normal_(p)                          # torch starts with scales of 1, biases of 0
-    parts, parts.attention, qkv = nn.Module(), nn.Module(), nn.Linear(E, 3 * E)
-    parts.norm1, parts.norm2, parts.attention.num_heads = theirs.norm1, theirs.norm2, H
-    qkv.weight, qkv.bias = theirs.self_attn.in_proj_weight, theirs.self_attn.in_proj_bias
-    parts.attention.qkv, parts.attention.out = qkv, theirs.self_attn.out_proj
-    parts.mlp = nn.Sequential(theirs.linear1, nn.GELU(), theirs.linear2)
-    return theirs, parts, torch.randn(B, T, E, dtype=torch.float64)
+    layer = vit.EncoderLayer(E, H).double()
+    for p in layer.parameters():
+        nn.init.normal_(p)                          # it starts with scales of 1, biases of 0
+    attention = SimpleNamespace(qkv=layer.attention.qkv, out=layer.attention.out, num_heads=H)
+    parts = SimpleNamespace(norm1=layer.norm1, norm2=layer.norm2, attention=attention,
+                            mlp=layer.mlp)
+    return layer, parts, torch.randn(B, T, E, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("part, words", [
@@ -167,7 +165,7 @@ def layers():
     ("all", "the mean over tokens of f = MLP(LN(z)) + z (Eq. 13)"),
 ])
 def test_pooled_output_part_by_part(part, words):
-    theirs, parts, x = layers()
+    layer, parts, x = layers()
     if part != "all":
         off = parts.attention.out if part == "mlp" else parts.mlp[2]
         nn.init.zeros_(off.weight)
@@ -175,18 +173,18 @@ def test_pooled_output_part_by_part(part, words):
         x = torch.ones_like(x)
     if part == "eps":
         x = 1e-3 * x
-    expected = theirs(x).mean(dim=1)
+    expected = layer(x).mean(dim=1)
     close(pooled.pooled_output(parts, x), expected, f"Sec. 3.4, {words}", 1e-8)
 
 
 def test_pooled_output_gives_each_parameter_its_gradient():
-    theirs, parts, x = layers()
+    layer, parts, x = layers()
     weights = torch.randn(B, E, dtype=torch.float64)
-    (theirs(x).mean(dim=1) * weights).sum().backward()
-    expected = {name: p.grad for name, p in parts.named_parameters()}
-    parts.zero_grad()
+    (layer(x).mean(dim=1) * weights).sum().backward()
+    expected = {name: p.grad for name, p in layer.named_parameters()}
+    layer.zero_grad()
     (pooled.pooled_output(parts, x) * weights).sum().backward()
-    for name, p in parts.named_parameters():
+    for name, p in layer.named_parameters():
         assert p.grad is not None, f"Sec. 3.4: {name} has no gradient"
         close(p.grad, expected[name], f"Sec. 3.4, the gradient of {name}")
 

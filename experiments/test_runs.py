@@ -34,10 +34,9 @@ SMALL = [*TINY, "--epochs", "3", "--head-epochs", "2"]
 train.draw_shapes = functools.cache(train.draw_shapes)      # saves a second in each run
 torch.set_num_threads(1)                                    # the same rounding in each run
 
-# new processes are forked from one that has imported torch, where the system can do that
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 PROCESSES = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
-PROCESSES.set_forkserver_preload(["torch.distributed", "torchvision.transforms.v2"])
+PROCESSES.set_forkserver_preload(["torch.distributed", "torchvision.transforms.v2"])    # once
 
 
 def settings_of(*flags, out="no-such-run"):
@@ -73,8 +72,7 @@ def assert_same_runs(one, other):
 # ------------------------------------------------------------------------- training and testing
 
 def test_train_and_eval_from_the_command_line(tmp_path):
-    """The commands of the README, small, in a terminal that has no ü: shapes are learned, and
-    eval.py finds the same accuracy, also as the mean over the classes."""
+    """The README's commands, small, in a terminal that has no ü: shapes are learned."""
     def script(name, *flags):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
         return subprocess.run([sys.executable, ROOT / name, *flags], capture_output=True, text=True,
@@ -86,13 +84,9 @@ def test_train_and_eval_from_the_command_line(tmp_path):
                       for name in ("result.json", "config.json"))
     assert result["test_top1"] > 20 and result["test_top10"] == 100 and result["metric"] == "top1"
     assert config["settings"]["epochs"] == 5 and config["data"]["images"] == [4500, 500, 2000]
-    rows = read_log(tmp_path / "rün")
-    assert [row["epoch"] for row in rows if row["stage"] == "2"] == ["1", "2"]
-    assert float(rows[4]["train_loss_2"]) < float(rows[0]["train_loss_2"]) < math.log(255)
     shown = script("eval.py", "rün").stdout
+    by_class = [float(x) for x in re.findall(r" (?!layer)[a-z]+ (\d+\.\d)\b(?! %)", shown)]
     assert f"top-1 {result['test_top1']:.2f} %" in shown
-    by_class = [float(x) for x in re.findall(r"(?:disc|square|star|tee|ring|plus|half|bars|"
-                                             r"triangle|crescent) (\d+\.\d)", shown)]
     assert sum(by_class) / 10 == pytest.approx(result["test_top1"], abs=0.1)
 
 
@@ -111,35 +105,31 @@ def test_settings_of_the_tables_train_and_test(tmp_path, flags):
     assert ("val_saturated_1" in rows[0]) == (s.algo == "cffm") and result["test_top10"] == 100
 
 
-@pytest.mark.parametrize("algo", train.SETTINGS["algo"][1])
-def test_validation_is_a_training_step_that_moves_nothing(algo):
-    run = make_run("--model", "mlp-16-3", "--limit", 180, "--algo", algo, "--augment", "none",
-                   "--views", 1, "--batch-size", 512, "--device", "cpu")
-    before, run.val = [p.clone() for p in run.model.parameters()], run.train
-    measured = train.validate(run)
-    assert torch.equal(measured, train.validate(run)), "the same random draws in each epoch"
+@pytest.mark.parametrize("algo", ["cffm", "ff", "scl", "bp"])
+def test_validation_has_the_same_draws_in_each_epoch_and_moves_nothing(algo):
+    run = make_run(*TINY, "--algo", algo)
+    before, losses = [p.clone() for p in run.model.parameters()], train.validate(run)
+    assert torch.equal(losses, train.validate(run))
     assert all(map(torch.equal, before, run.model.parameters()))
-    run.generator.manual_seed(run.settings.seed)                    # the same wrong labels
-    assert torch.allclose(measured, train.train_on(run, *run.train), atol=1e-6)
 
 
-@pytest.mark.parametrize("algo, by_layer, chosen", [
-    ("cff", [[1.0, 3.0], [2.0, 1.0], [0.0, 2.0]], 2), ("bp", [[3.0], [1.0], [2.0]], 2),
-    ("ff", [[0.0, 3.0, 1.0], [9.0, 1.0, 2.0], [1.0, 2.0, 2.0]], 2)])
+@pytest.mark.parametrize("algo, by_layer", [
+    ("cff", [[1.0, 3.0], [2.0, 1.0], [0.0, 2.0]]), ("bp", [[3.0], [1.0], [2.0]]),
+    ("ff", [[0.0, 3.0], [9.0, 1.0], [1.0, 2.0]])])
 def test_the_epoch_is_chosen_by_the_last_layer_and_ffs_by_all_but_the_first(
-        tmp_path, monkeypatch, algo, by_layer, chosen):
+        tmp_path, monkeypatch, algo, by_layer):
+    """Here epoch 2. From its weights the head is trained."""
     weights, values = [], iter(torch.tensor(2 * by_layer))
 
     def validate(run):
         weights.append(run.model.layers[0][0].weight.clone())
         return next(values)
     monkeypatch.setattr(train, "validate", validate)
-    flags = *SMALL, "--model", f"mlp-8-{max(2, len(by_layer[0]))}", "--algo", algo
-    assert run_main(*flags, "--out", tmp_path / "run")["best_epoch"] == chosen
+    flags = *SMALL, "--model", "mlp-8-2", "--algo", algo, "--out", tmp_path / "run"
+    assert run_main(*flags)["best_epoch"] == 2
     best = train.read(tmp_path / "run" / "checkpoint.pt")["best"]["layers.0.0.weight"]
-    assert torch.equal(best, weights[chosen - 1]) and not torch.equal(best, weights[2])
-    assert len(weights) == (5 if algo == "cff" else 3)
-    assert algo != "cff" or torch.equal(weights[4], best), "the head is trained on the best"
+    assert torch.equal(best, weights[1]) and not torch.equal(best, weights[2])
+    assert algo != "cff" or torch.equal(best, weights[4])
 
 
 def test_every_update_has_the_learning_rate_of_its_schedule(tmp_path, monkeypatch):
@@ -156,17 +146,13 @@ def test_every_update_has_the_learning_rate_of_its_schedule(tmp_path, monkeypatc
 
 
 def test_the_probe_is_least_squares_on_images_without_augmentation():
-    f, labels = torch.randn(60, 4), torch.arange(60) % 3
-    f += one_hot(labels, 4)
-    X = torch.cat([f, torch.ones(60, 1)], dim=1)
-    guess = (X @ torch.linalg.lstsq(X, one_hot(labels).float()).solution).argmax(dim=1)
-    expected = 100 * (guess == labels).double().mean().item()
-    assert train.probe(f, labels, f, labels, 3) == pytest.approx(expected)
-    run = make_run(*TINY, "--algo", "ff")
-    fit, val = (normalize(cff.encode(run.model, run.normalise(part[0]))[-1])    # neutral labels
-                for part in (run.train, run.val))
-    value = train.probe(fit, run.train[1], val, run.val[1], 10)
-    assert train.measure(run)["probe"] == pytest.approx(value, abs=0.01)
+    run = make_run(*TINY, "--algo", "ff", "--limit", 450)
+    (fit, y), (val, val_y) = ((cff.encode(run.model, run.normalise(x))[-1], y)  # neutral labels
+                              for x, y in (run.train, run.val))
+    fit, val = (torch.cat([normalize(f), torch.ones(len(f), 1)], dim=1) for f in (fit, val))
+    guess = (val @ torch.linalg.lstsq(fit, one_hot(y).float()).solution).argmax(dim=1)
+    right = 100 * (guess == val_y).double().mean().item()
+    assert train.measure(run)["probe"] == pytest.approx(right, abs=2.1)         # a near tie
 
 
 @pytest.mark.parametrize("flags", [["--algo", "cffm"], ["--algo", "ff", "--model", "mlp-16-2"],
@@ -184,20 +170,17 @@ def test_bf16_is_for_the_products_of_a_layer_alone(flags):
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-@pytest.mark.parametrize("cores, typed, saved, slowdown, expected", [
-    (8, False, None, 1.1, 4), (8, False, None, 1.3, 1),     # a new run; beside other work
-    (8, False, 7, 1.3, 7), (4, False, 7, 1, 4),             # a resumed one, with as many as it had
-    (8, True, 7, 1, 4),                                     # OMP_NUM_THREADS
+@pytest.mark.parametrize("saved, typed, slowdown, expected", [
+    (None, "", 1.1, 4), (None, "", 1.3, 1),                 # a new run; beside other work
+    (7, "", 1.3, 7), (9, "", 1, 8), (7, "4", 1, 4),         # a resumed one; 8 cores; OMP_NUM_THREADS
 ])
-def test_threads(monkeypatch, cores, typed, saved, slowdown, expected):
+def test_threads(monkeypatch, saved, typed, slowdown, expected):
     asked, seconds = [4], {1: 1.0, 4: slowdown}
     monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1])
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(train, "timeit", lambda work, number: seconds[asked[-1]])
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if typed:
-        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": typed} if typed else {})
     train.set_threads(torch.device("cpu"), saved and {"threads": saved})
     assert asked[-1] == expected
 
@@ -230,8 +213,7 @@ def test_ctrl_c_is_one_line_and_resume_is_bit_for_bit(tmp_path, monkeypatch, whe
 
 def train_on_noise(flags):
     """train.py with random images, which need no time to be drawn."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8, generator=g)
+    x = torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(0))
     train.load_data = lambda *where: (x, torch.arange(500) % 10, x[:100], torch.arange(100) % 10)
     run_main(*flags)
 
@@ -240,37 +222,36 @@ def test_a_run_killed_at_random_moments_continues_bit_for_bit(tmp_path):
     whole, killed, kills = tmp_path / "whole", tmp_path / "killed", 0
     flags = [*TINY, "--epochs", 20, "--head-epochs", 10]
 
-    def train_for(seconds, *flags):
+    def status_after(seconds, *flags):
         child = PROCESSES.Process(target=train_on_noise, args=(flags,))
         child.start()
         child.join(seconds)
         child.kill()                                                # kill -9
         child.join()
         return child.exitcode
-    assert train_for(100, *flags, "--out", whole) == 0
+    assert status_after(100, *flags, "--out", whole) == 0
     while not (killed / "result.json").exists():
         begun = ["--resume"] if (killed / "checkpoint.pt").exists() else flags
-        status = train_for(random.uniform(0.5, 1.5) + 0.2 * kills, *begun, "--out", killed)
+        status = status_after(random.uniform(0.3, 1) + kills / 5, *begun, "--out", killed)
         assert status in (0, -9), "it could not continue"
         kills += status != 0
     assert kills > 0
     assert_same_runs(whole, killed)
 
 
-@pytest.mark.parametrize("n, file", [(5, "checkpoint.pt.tmp"), (6, "log.csv.tmp")])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeypatch, n, file):
-    written = []
+@pytest.mark.parametrize("n", [5, 6])                   # checkpoint.pt, log.csv of the second epoch
+def test_a_full_disk_is_one_line_and_a_whole_checkpoint_stays(tmp_path, monkeypatch, n):
+    written, write = [], Path.write_bytes
 
-    def full(path, content, write=Path.write_bytes):
-        written.append(path.name)
-        write(path, content if len(written) < n else content[:100])
+    def full(path, content):
+        written.append(write(path, content[:100] if len(written) + 1 == n else content))
         if len(written) == n:
             raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(SystemExit, match="No space left on device; continue with: python tr"):
             run_main(*SMALL, "--out", tmp_path / "run")
-    assert written[n - 1] == file and not list(tmp_path.glob("run/*.tmp"))
+    assert not list(tmp_path.glob("run/*.tmp"))
     run_main("--resume", "--out", tmp_path / "run")
     run_main(*SMALL, "--out", tmp_path / "whole")
     assert_same_runs(tmp_path / "whole", tmp_path / "run")
@@ -287,14 +268,14 @@ def test_a_run_goes_on_while_another_program_has_log_csv_open(tmp_path, monkeypa
     assert [row["stage"] for row in read_log(tmp_path)] == ["1", "2"]
 
 
-def test_a_mistake_in_the_code_shows_where_it_is(tmp_path, monkeypatch):
-    for kind in (AttributeError, ValueError):
-        def mistake(*arguments):
-            raise kind("a mistake")
-        monkeypatch.setattr(train, "cff_step", mistake)
-        with pytest.raises(kind) as error:
-            run_main(*TINY, "--out", tmp_path / kind.__name__)
-        assert error.traceback[-1].name == "mistake", "not hidden behind one line"
+@pytest.mark.parametrize("kind", [AttributeError, ValueError])
+def test_a_mistake_in_the_code_shows_where_it_is(tmp_path, monkeypatch, kind):
+    def mistake(*arguments):
+        raise kind("a mistake")
+    monkeypatch.setattr(train, "cff_step", mistake)
+    with pytest.raises(kind) as error:
+        run_main(*TINY, "--out", tmp_path / "run")
+    assert error.traceback[-1].name == "mistake", "not hidden behind one line"
 
 
 def test_one_folder_is_one_runs(tmp_path, capsys):
@@ -313,7 +294,7 @@ def test_resume_refuses_other_settings_other_data_and_no_run(tmp_path, capsys, m
     out = tmp_path / "run"
     run_main(*TINY, "--out", out)
     resume = ["--resume", "--out", str(out)]
-    assert train.parse([*resume, "--device", "auto", "--data-dir", "x"])[0].data_dir == "x"
+    assert train.parse([*resume, "--data-dir", "x"])[0].data_dir == "x"
     for flags, words in (([*resume, "--lr", "0.1"], "lr cannot change"),
                          (["--resume", "--out", str(tmp_path)], "no run to resume")):
         with pytest.raises(SystemExit):
@@ -349,10 +330,8 @@ def test_bad_input_ends_with_one_line(tmp_path, capsys, flags, words):
 def test_flags_win_then_the_data_set_then_the_recipe():
     s = settings_of("--dataset", "tinyimagenet", "--recipe", "short", "--epochs", 7)
     assert (s.epochs, s.padding, s.batch_size) == (7, 6, 128)
-    shapes, plain, mnist = settings_of(), settings_of("--recipe", "none"), settings_of(
-        "--dataset", "mnist")
-    assert (shapes.recipe, shapes.head_epochs, plain.epochs) == ("short", 4, 600)
-    assert (mnist.recipe, mnist.model, mnist.views, mnist.epochs) == ("mlp", "mlp-500-3", 1, 30)
+    mnist, plain = settings_of("--dataset", "mnist"), settings_of("--recipe", "none")
+    assert (mnist.model, mnist.views, mnist.epochs, plain.epochs) == ("mlp-500-3", 1, 30, 600)
     bp = ["--dataset", "cifar10", "--algo", "bp", "--recipe", "short"]
     assert settings_of(*bp).lr == 0.002 and settings_of(*bp, "--lr", 1).lr == 1
 
@@ -395,8 +374,8 @@ def test_tiny_imagenets_layout(tmp_path):
             for channels, file in zip((3, 1), files):
                 image = torch.full((channels, 64, 64), 200 * value, dtype=torch.uint8)
                 to_pil_image(image).save(part / file)
-        lines += [f"{file}\t{name}\t0\t0\t62\t62" for file in val]
-    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+        lines += [f"{file}\t{name}\t0\t0\t62\t62\n" for file in val]
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
     images, y, test_images, test_y = train.load_data("tinyimagenet", tmp_path)
     assert images.shape == test_images.shape == (4, 3, 64, 64) and images.dtype == torch.uint8
     assert y.tolist() == [0, 0, 1, 1] and test_y.tolist() == [1, 1, 0, 0]

@@ -1,0 +1,303 @@
+"""The paper's pictures of margins, runs and their layers, and a picture of augmented images.
+
+    python experiments/figures.py fig4a [M0 ML L]       margins by layer, for each --decay
+    python experiments/figures.py fig4b RUN...          accuracy by margin
+    python experiments/figures.py fig5 RUN              one run, layer by layer
+    python experiments/figures.py fig6 RUN...           accuracy by epoch; when methods converge
+    python experiments/figures.py fig7 RUN...           accuracy by model, or by another setting
+    python experiments/figures.py views --dataset X     images, and two views by each --augment
+
+RUN is a run's folder or a pattern; only fig5 needs the checkpoint and the data. A point is the mean
+over seeds. --out FILE names the picture. Needs matplotlib, and for fig5 scikit-learn.
+"""
+import argparse
+import os
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.functional import normalize
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval import (CLASSES, NAMES, epochs_to_convergence, essential, find_folders, open_run,
+                  read_groups, show_layers, spread, three_images)
+from losses import margins
+from train import SETTINGS, defaults, layer_features, load_data, make_augment
+
+# For each method a colour (Okabe and Ito; distinct in print and with any colour vision), a mark
+COLOURS = dict(zip(NAMES, "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()))
+MARKS = dict(zip(NAMES, "sD^vPXo"))
+MARGINS = {"m0": "margin of the first layer, m0", "mL": "margin of the last layer, mL",
+           "decay": "decay of the margins"}                             # of CFF+M alone
+LABELS = MARGINS | {"limit": "training images", "missing": "fraction of the images left out",
+                    "label_noise": "fraction of the labels made wrong", "augment": "augmentation"}
+
+
+def make_figure(rows=1, columns=1, size=(8, 4), **options):
+    """(figure, axes) for `write_figure`: size in inches, options of matplotlib's Figure.subplots.
+    Raises ImportError that says what to install."""
+    os.environ.pop("MPLBACKEND", None)      # it is for windows; matplotlib stops at unknown names
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install matplotlib")
+    matplotlib.rcParams["text.parse_math"] = False          # a run may be called r$1_{2$
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def write_figure(figure, path):
+    """Write a picture and print where it is."""
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    print(f"picture: {path}")
+
+
+# ------------------------------------------------------------------------- Fig. 4a, augmented views
+
+def fig4a(m0, mL, L):
+    """The margins of L layers from m0 to mL, one line for each --decay."""
+    figure, axis = make_figure(size=(6, 4))
+    for decay in SETTINGS["decay"][1]:
+        if m0 > 0 or decay != "exponential":
+            axis.plot(range(1, L + 1), margins(m0, mL, L, decay), marker="o", label=decay)
+    axis.set(xlabel="layer", ylabel="margin (a cosine similarity)", xticks=range(1, L + 1),
+             title=f"Margins from {m0} to {mL}")
+    axis.legend(title="decay")
+    return figure
+
+
+def views(dataset, data_dir, n=10):
+    """n training images, and two views of each by every --augment."""
+    s = defaults(dataset, "cffm")
+    images, y, _, _ = load_data(dataset, data_dir)
+    images = images[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:n]]
+    rows = [("original", images / 255)]
+    for kind in SETTINGS["augment"][1][1:]:                             # without "none"
+        augment = make_augment(kind, s["padding"], [0.0], [1.0], torch.Generator().manual_seed(0),
+                               flip=dataset != "mnist", fill=s["fill"])
+        rows += [(f"{kind}, view {view}", augment(images)) for view in (1, 2)]
+    figure, axes = make_figure(len(rows), size=(n + 2, len(rows)))
+    figure.suptitle(f"{n} training images of {dataset}, and two views of each by --augment")
+    for axis, (name, row) in zip(axes, rows):
+        show_images(axis, row)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def show_images(axis, images):
+    """Draw images (n, 1 or 3, H, W), of values in 0..1, side by side."""
+    strip = torch.cat(list(images), dim=2).expand(3, -1, -1)            # (3, H, n W)
+    axis.imshow(strip.permute(1, 2, 0).numpy())
+    axis.set(xticks=[], yticks=[])
+
+
+# ------------------------------------------------------------------------------------------- Fig. 5
+
+def fig5(run, **changes):
+    """The run in a folder, one column per layer: Fisher criterion and t-SNE; losses and |R|/|P|;
+    three images with their cosines. changes: as for `eval.open_run`."""
+    run = open_run(run, **changes)
+    images, y = run.val
+    rows, features = show_layers(run), layer_features(run, images)
+    three = images[three_images(normalize(features[0]), y)].cpu() / 255
+    figure, axes = make_figure(3, len(rows), (max(8, 2.8 * len(rows)), 8), squeeze=False,
+                               height_ratios=[3, 3, 1.3])
+    figure.suptitle(f"{run.folder.absolute().name}: {len(y)} validation images, by layer")
+    draw_tsne(axes[0], features, y.cpu(), CLASSES.get(run.settings.dataset))
+    draw_epochs(axes[1], [row for row in run.log if row["stage"] == 1])
+    for row, top, bottom in zip(rows, axes[0], axes[2]):
+        top.set_title(f"Layer {row['Layer']}\nFisher criterion {row['Fisher']:.2f}", fontsize=10)
+        show_images(bottom, three)
+        bottom.set_title(f"cosine to the positive {row['Cosine to the positive']:.2f},\n"
+                         f"to the negative {row['to the negative']:.2f}", fontsize=9)
+        bottom.set_xlabel("anchor, positive, negative", fontsize=9)
+    figure.legend(ncols=6, fontsize=9, loc="outside lower center")
+    return figure
+
+
+def draw_tsne(axes, features, y, names):
+    """Each layer's features of the first 1,000 images in two dimensions, by t-SNE."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise ImportError("t-SNE needs scikit-learn: pip install scikit-learn")
+    y = y[:1000]
+    classes = y.unique().tolist()
+    for l, (axis, f) in enumerate(zip(axes, features), start=1):
+        tsne = TSNE(perplexity=min(30, len(y) // 4), init="pca", random_state=0)
+        points = tsne.fit_transform(f[:1000].cpu().numpy())             # (n, 2)
+        for i, c in enumerate(classes):
+            name = names[c] if names else f"class {c}"
+            axis.scatter(*points[(y == c).numpy()].T, s=11, lw=0, color=f"C{i % 10}",
+                         marker="osD^vP*<>X"[i % 10],
+                         label=name if l == 1 and len(classes) <= 10 else None)
+        axis.set(xticks=[], yticks=[])
+    axes[0].set_ylabel("t-SNE (no units)")
+
+
+def draw_epochs(axes, log):
+    """By epoch and layer, the share |R|/|P| of saturated pairs (left) and the loss (right)."""
+    epochs = [row["epoch"] for row in log]
+    for l, left in enumerate(axes, start=1):
+        right = left.twinx()
+        for axis, column, colour, scale in (
+                (left, "saturated", "C1", 100), (right, "loss", "C0", 1)):
+            axis.tick_params(axis="y", colors=colour)
+            if f"train_{column}_{l}" not in log[0]:         # only CFF+M has R; BP has one loss
+                axis.set_yticks([])
+                continue
+            for part, style, name in (("train", "-", "training"), ("val", "--", "validation")):
+                axis.plot(epochs, [scale * row[f"{part}_{column}_{l}"] for row in log], style,
+                          color=colour, marker=".", ms=3,
+                          label=name if axis is right and l == len(axes) else None)
+        left.set(xlabel="epoch", xlim=(0, len(log) + 1))
+    axes[0].set_ylabel("|R|/|P|, %", color="C1")
+    right.set_ylabel("loss", color="C0")                                # of the last layer
+
+
+# -------------------------------------------------------------------------------- Figs. 4b, 6 and 7
+
+def fig4b(runs):
+    """Accuracy by margin; methods without margins are horizontal lines."""
+    return by_setting(*compare(runs, "fig4b"))
+
+
+def fig7(runs):
+    """Accuracy by the one setting in which runs of a method differ."""
+    return by_setting(*compare(runs, "fig7"))
+
+
+def fig6(runs):
+    """The probe's accuracy by epoch: mean and range of the seeds. A mark at the mean epoch of
+    convergence, which the legend has with its standard deviation."""
+    groups, _ = compare(runs, "fig6")
+    figure, axis = make_figure(size=(9, 4.5))
+    for group in groups:
+        algo, means, low, high = group[0].settings.algo, [], [], []
+        for rows in zip(*(run.log for run in group)):                   # one epoch of all seeds
+            probes = [row["probe"] for row in rows]
+            means.append(statistics.mean(probes))
+            low.append(min(probes))
+            high.append(max(probes))
+        converged = [epochs_to_convergence(run.settings, run.log) for run in group]
+        epochs, look = range(1, len(means) + 1), {"color": COLOURS[algo]}
+        axis.plot(epochs, means, marker=MARKS[algo], ms=9, mec="black", **look,
+                  markevery=[round(statistics.mean(converged)) - 1],
+                  label=f"{NAMES[algo]}: {spread(converged, digits=0)}")
+        axis.fill_between(epochs, low, high, alpha=0.15, **look)
+    axis.set(xlabel="epoch", ylabel="validation accuracy of the probe, %")
+    return finish(figure, groups, "", legend="epochs to\nconvergence (mark)")
+
+
+def compare(names, figure):
+    """(groups, the setting that varies) of the runs that names or patterns mean. Raises ValueError
+    if another figure shows such runs."""
+    groups = read_groups(find_folders(names))
+    varied = what_varies(groups)
+    fits = "fig4b" if varied in MARGINS else "fig7" if varied else "fig6"
+    if figure != fits:
+        raise ValueError(f"these runs differ in {varied or 'the method at most'}: use {fits}")
+    return groups, varied
+
+
+def what_varies(groups):
+    """The one setting in which runs of a method differ, or any runs if it is of the data or the
+    model; "" if none. Raises ValueError for several."""
+    shared = ("dataset", "limit", "model", "augment", "missing", "label_noise")
+    settings = [essential(runs[0]) for runs in groups]
+    varied = {name for name in shared if len({s[name] for s in settings}) > 1}
+    for algo in NAMES:
+        mine = [s for s in settings if s["algo"] == algo]
+        varied |= {name for s in mine for name in s if s[name] != mine[0][name]}
+    if len(varied) > 1:
+        raise ValueError(f"these runs differ in {', '.join(sorted(varied))}; a figure shows one")
+    return varied.pop() if varied else ""
+
+
+def by_setting(groups, varied):
+    """Accuracy by the setting `varied`: mean and standard deviation of the seeds. On validation
+    images, as in Figs. 4b and 7; on test images for Table 4's settings, which change the others."""
+    part, name = "val", "validation"
+    if varied in ("missing", "label_noise"):
+        part = name = "test"
+    figure, axis = make_figure(size=(8.5, 4.5))
+    ticks = sorted({place(runs, varied) for runs in groups
+                    if varied not in MARGINS or runs[0].settings.algo == "cffm"})
+    for algo in NAMES:
+        mine = [runs for runs in groups if runs[0].settings.algo == algo]
+        mine.sort(key=lambda runs: place(runs, varied))
+        accuracies = [[run.accuracy(part) for run in runs] for runs in mine]
+        means = [statistics.mean(values) for values in accuracies]
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0 for values in accuracies]
+        look = {"color": COLOURS[algo], "label": NAMES[algo]}
+        if mine and varied in MARGINS and algo != "cffm":
+            axis.axhline(means[0], ls="--", **look)
+            axis.axhspan(means[0] - spreads[0], means[0] + spreads[0], alpha=0.15, lw=0,
+                         color=COLOURS[algo])
+        elif mine:
+            axis.errorbar([ticks.index(place(runs, varied)) for runs in mine], means, yerr=spreads,
+                          marker=MARKS[algo], capsize=3, **look)
+    axis.set_xticks(range(len(ticks)), [label for _, label in ticks])
+    axis.set(xlabel=LABELS.get(varied, varied.replace("_", " ")), ylabel=f"{name} accuracy, %")
+    return finish(figure, groups, varied, legend="method")
+
+
+def place(runs, varied):
+    """(what sorts, label) of a group of runs on the axis of the setting `varied`."""
+    value, allowed = getattr(runs[0].settings, varied), SETTINGS[varied][1]
+    if varied == "limit":
+        value = runs[0].images[0]                               # the setting is 0 for all images
+    if varied == "model":
+        return tuple(int(size) for size in re.findall(r"\d+", value)), value
+    return allowed.index(value) if isinstance(allowed, list) else value, value
+
+
+def finish(figure, groups, varied, legend):
+    """Add a title with the settings that the runs share, a grid, and the legend with this title."""
+    s, axis = groups[0][0].settings, figure.axes[0]
+    shared = [name for name in ("dataset", "model", "augment") if name != varied]
+    axis.set_title(", ".join(getattr(s, name) for name in shared))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", title=legend)
+    return figure
+
+
+# ------------------------------------------------------------------------------------ command line
+
+def main(argv=None):
+    """The command line. What cannot be drawn ends with one line and exit status 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, path = parser.add_subparsers(dest="figure", required=True), os.path.expanduser
+    add = {}
+    for draw in (fig4a, fig4b, fig5, fig6, fig7, views):
+        command = commands.add_parser(draw.__name__, argument_default=argparse.SUPPRESS)
+        command.set_defaults(draw=draw)
+        command.add_argument("--out", type=path, metavar="FILE", help="the picture")
+        add[draw] = command.add_argument
+    for name, kind, default in (("m0", float, 0.4), ("mL", float, 0.1), ("L", int, 8)):
+        add[fig4a](name, nargs="?", type=kind, default=default, help="[%(default)s]")
+    for draw in (fig4b, fig6, fig7):
+        add[draw]("runs", nargs="+", metavar="RUN", type=path, help="folders of runs")
+    add[fig5]("run", metavar="RUN", type=path, help="a run's folder")
+    add[fig5]("--device", choices=SETTINGS["device"][1], help="default: the run's")
+    add[fig5]("--data-dir", type=path, help="folder of the data sets; default: the run's")
+    add[views]("--dataset", choices=SETTINGS["dataset"][1], default="shapes")
+    add[views]("--data-dir", type=path, default="data", help="folder of the data sets")
+    args = vars(parser.parse_args(argv))
+    draw, name = args.pop("draw"), args.pop("figure")
+    out = args.pop("out", Path(args.get("run", ""), f"{name}.png"))
+    try:
+        write_figure(draw(**args), out)
+    except (OSError, ValueError, ImportError) as reason:
+        parser.error(str(reason) or type(reason).__name__)
+
+
+if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")    # a terminal may lack a letter of a name
+    main()

@@ -1,0 +1,107 @@
+"""Each command of figures.py, on records and on a small run; what it refuses, in one line.
+
+    python -m pytest experiments/test_figures.py
+"""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import figures
+import train
+from eval import find_folders, read_groups
+
+RECORDS = HERE / "records"
+MARGINS = [RECORDS / f"tenth-{name}" for name in ("cff-s?", "cffm-s?", "cffm-m0*")]
+METHODS = [RECORDS / f"tenth-{algo}-s?" for algo in ("bp", "cff", "cffm", "ff")]
+MODELS = [RECORDS / f"fig7-{size}-{algo}-s0" for size in (32, 128) for algo in ("bp", "cffm")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small finished run, whose name TeX would not accept."""
+    folder = tmp_path_factory.mktemp("runs") / "r$1_{2$"
+    train.main(["--limit", "200", "--epochs", "2", "--head-epochs", "1", "--batch-size", "64",
+                "--model", "vit-16-2-2", "--device", "cpu", "--out", str(folder)])
+    return folder
+
+
+def draw(*arguments):
+    """The exit status of figures.py."""
+    try:
+        figures.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def assert_shows_something(picture):
+    with Image.open(picture) as image:
+        assert min(image.size) > 200 and len(image.convert("L").getcolors()) > 10
+
+
+@pytest.mark.parametrize("figure, arguments", [
+    ("fig4a", ["0", "0.1", "5"]), ("fig6", METHODS), ("fig7", MODELS),
+    ("views", ["--dataset", "shapes"])])
+def test_pictures_of_settings_and_records(figure, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert draw(figure, *arguments) == 0
+    assert capsys.readouterr().out == f"picture: {figure}.png\n"
+    assert_shows_something(f"{figure}.png")
+
+
+def test_no_backend_of_matplotlib_is_needed(tmp_path):
+    command = [sys.executable, HERE / "figures.py", "fig4b", *MARGINS, "--out", tmp_path / "a.png"]
+    subprocess.run(command, env=os.environ | {"MPLBACKEND": "nonsense"}, check=True)
+    assert_shows_something(tmp_path / "a.png")
+
+
+def test_fig5_is_drawn_in_the_runs_folder(run, capsys):
+    pytest.importorskip("sklearn")
+    assert draw("fig5", run, "--device", "cpu") == 0
+    assert "Fisher" in capsys.readouterr().out
+    assert_shows_something(run / "fig5.png")
+
+
+def test_a_run_that_cannot_be_read_does_not_stop_the_others(run, tmp_path, capsys):
+    torn = shutil.copytree(run, tmp_path / "torn")
+    (torn / "result.json").write_text("{}")
+    assert draw("fig6", torn, RECORDS / "nothing", run, "--out", tmp_path / "a.png") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("no run that can be read (" in line for line in lines)
+    assert_shows_something(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("figure, runs, words", [
+    ("fig4b", [RECORDS / f"tenth-cffm-{name}-s0" for name in ("m02", "views1")], "in m0, views"),
+    ("fig6", MARGINS, "differ in m0: use fig4b"), ("fig4b", MODELS, "differ in model: use fig7"),
+    ("fig7", METHODS, "differ in the method at most: use fig6"), ("fig6", ["x"], "none of these")])
+def test_runs_that_a_figure_does_not_show_are_refused_in_words(figure, runs, words, capsys):
+    assert draw(figure, *runs) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_fig4b_points_are_means_of_seeds_and_methods_without_margins_are_level():
+    lines, expected = figures.fig4b(map(str, MARGINS)).axes[0].lines, {}
+    for runs in read_groups(find_folders(map(str, MARGINS))):
+        mean = sum(run.accuracy("val") for run in runs) / len(runs)
+        expected[runs[0].settings.algo, runs[0].settings.m0] = pytest.approx(mean)
+    cff = next(line for line in lines if line.get_color() == figures.COLOURS["cff"])
+    cffm = next(line for line in lines if line.get_marker() == figures.MARKS["cffm"])
+    assert list(cff.get_ydata()) == 2 * [expected["cff", 0.4]]
+    assert list(cffm.get_ydata()) == [expected["cffm", m0] for m0 in (0.2, 0.4, 0.6, 0.8)]
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "sklearn.manifold"])
+def test_a_missing_package_is_named_in_one_line(package, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert draw("fig5", run, "--out", tmp_path / "a.png") == 2
+    assert "pip install " in capsys.readouterr().err.splitlines()[-1]

@@ -7,8 +7,8 @@
 No gradient crosses from one layer to another, so layers can train at the same time. The flags and
 the run's folder are those of train.py; README.md, *The pipeline of layers*, explains the rest.
 """
-import csv
 import io
+import json
 import os
 import signal
 import sys
@@ -51,7 +51,7 @@ class Segment:
     t + 1, so N batches take n + N - 1 steps on n processes. A process sends a batch only after the
     batch before has left, so at most two batches are in between.
 
-    trace: rows (process, batch, event, batch waited for, start, end) of an epoch, in seconds.
+    trace: what happened when in an epoch, one dict per event, as in trace.json.
     """
 
     def __init__(self, model, image_shape, views):
@@ -80,7 +80,7 @@ class Segment:
         while self.batch < len(sizes):
             start = time.time()
             yield self.batch
-            self.note("step", "", start)
+            self.note("step", None, start)
             self.batch += 1
         for request, _, _ in self.going:
             request.wait()
@@ -106,7 +106,7 @@ class Segment:
 
     def send(self, layer, x, h):
         """Send h, the last layer's output; wait first if the batch before has not left."""
-        start, waited_for = time.time(), ""
+        start, waited_for = time.time(), None
         if len(self.going) == self.messages:
             request, _, waited_for = self.going.popleft()
             request.wait()
@@ -115,7 +115,8 @@ class Segment:
         self.going.append((dist.isend(h, self.rank + 1), h, self.batch))
 
     def note(self, event, waited_for, start):
-        self.trace.append((self.rank, self.batch, event, waited_for, start, time.time()))
+        self.trace.append({"process": self.rank, "batch": self.batch, "event": event,
+                           "waited_for": waited_for, "start": start, "end": time.time()})
 
 
 def own_part(run):
@@ -235,26 +236,21 @@ def assist():
 
 
 def write_trace(folder, trace):
-    """Write `Segment.trace` of all processes to trace.csv, with times from the first event."""
-    first = min(start for *_, start, _ in trace)
-    lines = ["process,batch,event,waited_for,start,end\n"]
-    for *what, start, end in trace:
-        lines.append(",".join(map(str, what)) + f",{start - first:.6f},{end - first:.6f}\n")
-    train.write(folder / "trace.csv", "".join(lines))
+    """Write `Segment.trace` of all processes to trace.json, with seconds from the first event."""
+    first = min(row["start"] for row in trace)
+    for row in trace:
+        row["start"] -= first
+        row["end"] -= first
+    train.write(folder / "trace.json", json.dumps(trace, indent=1))
 
 
 # ----------------------------------------------------------------------------- who waited (Fig. 8)
 
 def read_trace(folder):
-    """trace.csv of a run, one dict per row; waited_for is None for nothing."""
-    path = Path(folder) / "trace.csv"
+    path = Path(folder) / "trace.json"
     if not path.exists():
         raise SystemExit(f"{path} is missing: no pipeline has trained this run")
-    with open(path, newline="") as file:
-        return [{"process": int(row["process"]), "batch": int(row["batch"]), "event": row["event"],
-                 "waited_for": int(row["waited_for"]) if row["waited_for"] else None,
-                 "start": float(row["start"]), "end": float(row["end"])}
-                for row in csv.DictReader(file)]
+    return json.loads(path.read_text())
 
 
 def longest_chain(trace):

@@ -2,7 +2,6 @@
 
     python -m pytest -q experiments/test_pipeline.py
 """
-import multiprocessing
 import os
 import signal
 import socket
@@ -19,13 +18,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import pipeline
 import train
 import vit
-from test_runs import assert_same_runs, run_main
+from test_runs import PROCESSES, assert_same_runs, run_main
 
 PIPED = ["--device", "cpu", "--patch-size", "16", "--limit", "225", "--batch-size", "64",
          "--epochs", "2", "--head-epochs", "1"]
 FOUR = ["--model", "vit-16-2-4"]                                    # four layers
-
-multiprocessing.set_forkserver_preload(["torch.distributed", "torchvision.transforms.v2"])
 
 
 # ---------------------------------------------------------------------------------------- helpers
@@ -43,20 +40,17 @@ def run_script(argv, environment, out, err):
 
 
 def processes(folder, n, script, *argv):
-    """Run a script in `folder` in n processes with one thread each, as torchrun would, but faster:
-    they are forked from a process that has imported torch. [(status, output, errors), ...]"""
+    """Run a script in `folder` in n processes, as torchrun would: [(status, output, errors)]."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = {"TORCHELASTIC_RUN_ID": "0", "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
              "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    fast = "forkserver" in multiprocessing.get_all_start_methods()
-    context, running = multiprocessing.get_context("forkserver" if fast else "spawn"), []
+    command, running = [str(part) for part in (script, *argv)], []
     for rank in range(n):
         files = [str(folder / f"{name}{rank}.txt") for name in ("out", "err")]
         environment = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [str(part) for part in (script, *argv)]
-        process = context.Process(target=run_script, args=(command, environment, *files))
+        process = PROCESSES.Process(target=run_script, args=(command, environment, *files))
         process.start()
         running.append((process, files))
     for process, _ in running:
@@ -68,7 +62,7 @@ def processes(folder, n, script, *argv):
 
 
 def start(folder, n, *argv):
-    """Run pipeline.py in `folder` in n processes, and check that all end well."""
+    """Run pipeline.py in `folder` in n processes, all of which must end well."""
     done = processes(folder, n, HERE / "pipeline.py", *argv)
     assert [status for status, _, _ in done] == n * [0], done
 
@@ -166,12 +160,7 @@ def test_fig8_pipeline_continues_a_run_that_train_began(alone, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_fig8_layers_are_shared_out_and_a_later_process_drops_the_others(monkeypatch, rank):
-    for L in range(1, 7):
-        for n in range(1, L + 1):
-            parts = [pipeline.share(L, n, process) for process in range(n)]
-            assert [l for part in parts for l in part] == list(range(L))
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_fig8_a_later_process_drops_the_layers_of_others(monkeypatch, rank):
     monkeypatch.setattr(pipeline.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(pipeline.dist, "get_rank", lambda: rank)
     model = vit.build_model("mlp-8-5", (1, 4, 4), 10)
@@ -201,12 +190,13 @@ def test_fig8_longest_chain_by_hand(waits, n, chain):
 
 
 def test_fig8_schedule_says_who_worked_and_waited(tmp_path, monkeypatch, capsys):
-    rows = [(0, 0, "send", "", 0.5, 0.5), (0, 0, "step", "", 0, 1),
-            (1, 0, "receive", 0, 0.25, 0.5), (1, 0, "step", "", 0.25, 2)]
+    columns = "process", "batch", "event", "waited_for", "start", "end"
+    rows = [(0, 0, "send", None, 5.5, 5.5), (0, 0, "step", None, 5, 6),
+            (1, 0, "receive", 0, 5.25, 5.5), (1, 0, "step", None, 5.25, 7)]
     monkeypatch.setattr(sys, "argv", ["pipeline.py", "--schedule", str(tmp_path)])
-    with pytest.raises(SystemExit, match="trace.csv is missing: no pipeline"):
+    with pytest.raises(SystemExit, match="trace.json is missing: no pipeline"):
         pipeline.main()
-    pipeline.write_trace(tmp_path, rows)
+    pipeline.write_trace(tmp_path, [dict(zip(columns, row)) for row in rows])
     pipeline.main()
     lines = capsys.readouterr().out.splitlines()
     assert "1 batches on 2 processes: the longest chain of dependent steps has 2" in lines[0]

@@ -36,7 +36,7 @@ torch.set_num_threads(1)                                    # the same rounding 
 
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 PROCESSES = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
-PROCESSES.set_forkserver_preload(["torch.distributed", "torchvision.transforms.v2"])    # once
+PROCESSES.set_forkserver_preload(["torch._dynamo", "torchvision.transforms.v2", "pytest"])
 
 
 def settings_of(*flags, out="no-such-run"):
@@ -172,7 +172,7 @@ def test_bf16_is_for_the_products_of_a_layer_alone(flags):
 
 @pytest.mark.parametrize("saved, typed, slowdown, expected", [
     (None, "", 1.1, 4), (None, "", 1.3, 1),                 # a new run; beside other work
-    (7, "", 1.3, 7), (9, "", 1, 8), (7, "4", 1, 4),         # a resumed one; 8 cores; OMP_NUM_THREADS
+    (7, "", 1.3, 7), (9, "", 1, 8), (7, "4", 1, 4),         # resumed; 8 cores; OMP_NUM_THREADS
 ])
 def test_threads(monkeypatch, saved, typed, slowdown, expected):
     asked, seconds = [4], {1: 1.0, 4: slowdown}

@@ -3,9 +3,9 @@
     python experiments/speed.py --model vit-128-4-5
     torchrun --nproc-per-node 2 experiments/speed.py --model vit-128-4-2 --batch-size 64
 
-Prints Markdown tables for random images of a data set's sizes: training steps by method, compared
-with BP; inference; memory by depth. With torchrun: layers trained in parallel (pipeline.py),
-compared with one process and with BP by DistributedDataParallel. --json FILE keeps the numbers.
+Prints Markdown tables for random images: training steps by method, compared with BP; inference;
+memory by depth. With torchrun: layers trained in parallel (pipeline.py), compared with one process
+and with BP by DistributedDataParallel. --json FILE keeps the numbers.
 """
 import argparse
 import json
@@ -114,7 +114,7 @@ def measure_memory(jobs):
 
 
 def make_inference(name, dataset, n, device):
-    """Functions that classify n random images: CFF+M in one pass; FF with a head, and by class."""
+    """Functions that classify n random images."""
     cffm, ff = (random_run(method, name, dataset, n, device) for method in ("CFF+M, 1 view", "FF"))
     images = cffm.augment(cffm.x)
     return {"CFF+M, one pass": lambda: predict(cffm.model, images, "cffm"),
@@ -188,7 +188,7 @@ def show_speed(record):
     rows = [["Way", "ms per image (min-max)", "/ CFF+M"]]
     for way, row in record["inference"].items():
         ms = [1000 * row[key] / record["images"] for key in ("seconds", "min", "max")]
-        rows.append([way, f"{ms[0]:.2f} ({ms[1]:.2f}-{ms[2]:.2f})", f"{row['ratio']:.1f}"])
+        rows.append([way, "{:.2f} ({:.2f}-{:.2f})".format(*ms), f"{row['ratio']:.1f}"])
     print_table(rows, markdown=True)
     print("\nPeak memory of a step by the number of layers, MB:\n")
     rows = [["Method", *record["megabytes_by_depth"]["BP"]]]

@@ -66,10 +66,8 @@ def test_table6_memory_of_bp_grows_with_depth_and_that_of_cff_does_not(monkeypat
     assert math.isnan(bp) or cff < 1.5 * cff_of_two_layers and bp > 2 * cff
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--batch-size", "1"], "--batch-size: 2 or more"), (["--rounds", "0"], "1 or more"),
-    (["--model", "vit-12"], "a model is named"),
-], ids=str)
+@pytest.mark.parametrize("argv, words", [(["--batch-size", "1"], "--batch-size: 2 or more"),
+                                         (["--model", "vit-12"], "a model is named")], ids=str)
 def test_table6_what_cannot_be_measured_is_refused(capsys, argv, words):
     with pytest.raises(SystemExit):
         speed.main(argv)
@@ -90,10 +88,7 @@ def test_section_5_1_speed_of_the_pipeline(tmp_path):
 def test_table1_to_table6_are_in_paper_csv_spelled_as_the_flags_of_train():
     with open(HERE / "paper.csv", newline="") as file:
         rows = [tuple(row.values()) for row in csv.DictReader(file)]
-    sizes = {table: sum(row[0] == table for row in rows) for table in "123456"}
-    # 5 x 5 - 2, 8 x 2, 15 x 2, 5 x 2, 2 x 2, 6 x 4
-    assert sizes == {"1": 23, "2": 16, "3": 30, "4": 10, "5": 4, "6": 24}
-    assert len({row[:-1] for row in rows}) == len(rows), "two rows of one key"
+    assert len({row[:-1] for row in rows}) == len(rows) == 107, "each number once"
     for _, dataset, model, augment, setting, method, quantity, value in rows:
         for name, typed in (("dataset", dataset), ("augment", augment), ("algo", method)):
             assert typed in train.SETTINGS[name][1]

@@ -281,7 +281,7 @@ def show_schedule(folder, batches=8):
     n, N = (1 + max(row[what] for row in trace) for what in ("process", "batch"))
     total = max(row["end"] for row in trace)
     print(f"{folder}: {N} batches on {n} processes: the longest chain of dependent steps has "
-          f"{longest_chain(trace)} of them; one process makes {n * N} steps")
+          f"{longest_chain(trace)} steps; one process makes {n * N}")
     rows = [["Process", "worked", "waited for its input", "waited to send", "idle"]]
     for process in range(n):
         spent = {"step": 0, "receive": 0, "send": 0}

@@ -18,7 +18,6 @@ import shlex
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,8 +84,7 @@ def random_run(method, name, dataset, batch_size, device, **changes):
     return SimpleNamespace(
         settings=s, data=data, stage=1, model=model, optimizers=make_optimizers(model, s),
         margins=margins(s.m0, s.mL, len(model.layers), s.decay), generator=generator,
-        goodness_loss=(partial(symba_loss, alpha=s.alpha) if s.algo == "symba"
-                       else partial(ff_loss, threshold=s.threshold)),
+        goodness_loss=symba_loss if s.algo == "symba" else ff_loss,
         augment=make_augment(s.augment, s.padding, shape[0] * [0.5], shape[0] * [0.25], generator),
         x=torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device),
         y=torch.arange(batch_size, device=device) % min(classes, batch_size // 2))
@@ -222,7 +220,7 @@ def data_parallel_steps(N, *case):
     return repeat(N, lambda: update(run.optimizers[0], cross_entropy(whole(run.augment(x)), y)))
 
 
-def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10", size=2048):
+def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10", size=1024):
     """Time N batches in the first process alone and in all: by the pipeline, for BP by
     DistributedDataParallel. Products of matrices of this size, as many in each process, show what
     this machine can gain. Returns, in the first, the record that `show_pipeline_speed` prints."""
@@ -231,7 +229,7 @@ def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10", size=2048):
     piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", dataset, 8, device)()       # loads libraries
     memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device))
     matrix = torch.randn(size, size, device=device)
-    product = repeat(10, lambda: matrix @ matrix)
+    product = repeat(N, lambda: matrix @ matrix)
     ways = {"Matrix products": (product, product)}              # of one process, of all together
     for method in ("CFF+M, 1 view", "CFF+M, 2 views"):
         ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)

@@ -18,7 +18,6 @@ import speed
 import train
 import vit
 from test_pipeline import processes
-from test_runs import PROCESSES
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -58,8 +57,7 @@ def test_table2_and_table6_speed_of_steps_and_inference(capsys, monkeypatch):
     assert "| CFF+M, 2 views | " in capsys.readouterr().out
 
 
-def test_section_5_1_cff_needs_less_memory_than_bp(monkeypatch):
-    monkeypatch.setattr(speed.multiprocessing, "get_context", lambda kind: PROCESSES)   # faster
+def test_section_5_1_cff_needs_less_memory_than_bp():
     case = "vit-64-4-8", "cifar10", 64, CPU
     bp, cff = speed.measure_memory([("BP", *case), ("CFF+M, 1 view", *case)]).values()
     assert math.isnan(bp) or bp > 3 * cff

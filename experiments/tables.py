@@ -1,0 +1,111 @@
+"""Print every table of numbers on the pages README.md and records/README.md, from the records.
+
+    python experiments/tables.py
+
+Copy a table from here to its page; test_tables.py fails where a page differs. tables.md has the
+tables whose text is written by hand, with a name in braces for each number:
+
+    {tenth-cff}                        test accuracy of a run in records/, or of its seeds
+    {tenth-cff validation}             the same on validation images
+    {tenth-cff epochs}                 epochs to convergence (Fig. 6)
+    {tenth-cff-s0 least in 60}         least validation loss in the first 60 epochs
+    {tenth-cff-s0 equal}               that loss if all images are equally similar
+    {3 vit-128-4-5 crop cffm}          the paper's accuracy (paper.csv): table, model, setting or,
+                                       where there is none, augmentation, method
+    {CFF+M, 1 view: ratio}             an entry of speed.json; with "pipeline", of the pipeline's
+"""
+import csv
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import speed
+from eval import choosing_losses, epochs_to_convergence, read_groups, show_table, spread, table_row
+
+RECORDS = HERE / "records"
+
+
+def read_json(name):
+    return json.loads((RECORDS / name).read_text())
+
+
+def fill(text):
+    """`text` with a number in place of each name in braces; KeyError for an unknown name."""
+    values = values_of_runs() | values_of_speeds() | values_of_the_paper()
+    return re.sub(r"\{(.+?)\}", lambda match: values[match[1]], text)
+
+
+def values_of_runs():
+    values = {}
+    for runs in read_groups(sorted(path.parent for path in RECORDS.glob("*/result.json"))):
+        for name, some in [(run.name, [run]) for run in runs] + [(table_row(runs)["Run"], runs)]:
+            epochs = [epochs_to_convergence(run.settings, run.log) for run in some]
+            values[name] = spread([run.accuracy("test") for run in some])
+            values[f"{name} validation"] = spread([run.accuracy("val") for run in some])
+            values[f"{name} epochs"] = spread(epochs, digits=0)
+        for run in runs:
+            losses = choosing_losses(run.settings, run.log)
+            for n in (30, 60, 120, 200):
+                values[f"{run.name} least in {n}"] = f"{min(losses[:n]):.3f}"
+            values[f"{run.name} equal"] = f"{loss_of_equal(run):.3f}"
+    return values
+
+
+def loss_of_equal(run):
+    """The last layer's validation loss if all similarities are equal and at most 1 - m: Eq. 17 for
+    ten classes and two views; for BP, the cross-entropy of guessing."""
+    s, images, total = run.settings, run.images[1], 0
+    if s.algo == "bp":
+        return math.log(10)
+    m = s.mL if s.algo == "cffm" else 0
+    for start in range(0, images, s.batch_size):
+        B = min(s.batch_size, images - start)
+        P = 1 + 2 * (B - 1) / 10            # the other view, and both of a tenth of the others
+        N = 2 * B - 1 - P
+        total += B * (math.log(P * math.exp(m / s.temperature) + N) - m / s.temperature)
+    return total / images
+
+
+def values_of_speeds():
+    one, several, values = read_json("speed.json"), read_json("pipeline-vit-128-4-2.json"), {}
+    for name, row in one["methods"].items():
+        values[f"{name}: ratio"] = f"{row['ratio']:.2f}"
+    for name, row in one["inference"].items():
+        values[f"{name}: ratio"] = f"{row['ratio']:.1f}"
+    for name, row in several["methods"].items():
+        for key in ("gain", "to_bp"):
+            values[f"pipeline {name}: {key}"] = f"{statistics.median(row[key]):.2f}"
+    return values
+
+
+def values_of_the_paper():
+    values = {}
+    with open(HERE / "paper.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            words = row["table"], row["model"], row["setting"] or row["augment"], row["method"]
+            if row["quantity"].startswith("accuracy"):      # of two data sets, the first
+                values.setdefault(" ".join(words), row["value"].lstrip("-"))
+    return values
+
+
+def main():
+    print(fill((HERE / "tables.md").read_text(encoding="utf-8")))
+    speed.show_speed(read_json("speed.json"))
+    print()
+    speed.show_pipeline_speed(read_json("pipeline-vit-128-4-2.json"))
+    for path in sorted(RECORDS.glob("pipeline-memory-*.json")):
+        print(f"\n{speed.memory_line(json.loads(path.read_text()))}")
+    print()
+    show_table(read_groups(sorted(path.parent for path in RECORDS.glob("*/result.json"))), True)
+
+
+if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")            # a terminal may lack ±
+    main()

@@ -1,0 +1,58 @@
+"""The tables and commands on the pages agree with the records.
+
+    python -m pytest -q experiments/test_tables.py
+"""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import tables
+import train
+from eval import read_record
+
+FRONT, README, RUNS = (path.read_text(encoding="utf-8") for path in (
+    HERE.parent / "README.md", HERE / "README.md", HERE / "records" / "README.md"))
+
+
+def test_the_tables_on_the_pages_are_those_that_tables_prints(capsys):
+    tables.main()
+    printed = capsys.readouterr().out
+    for table in filter(None, map(str.strip, printed.split("\n\n"))):
+        assert f"\n\n{table}\n" in README + RUNS, f"python experiments/tables.py has\n{table}"
+    rows = "\n".join(re.findall(r"^\|.*", FRONT, flags=re.M))
+    for number in re.findall(r"\d+\.\d ± \d+\.\d", rows):
+        assert number in printed, f"{number} on the front page"
+
+
+@pytest.fixture(scope="module")
+def commands():
+    """{name of a run's folder: flags of train.py} of the commands in records/README.md."""
+    if not shutil.which("bash"):
+        pytest.skip("the commands are expanded by bash")
+    lines = re.findall(r"^    (.*)", RUNS.split("\n## The commands\n")[1], flags=re.M)
+    script = 'python() { printf "%q " "$@"; echo; }\n' + "\n".join(lines)
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    calls = [shlex.split(line)[1:] for line in done.stdout.splitlines()
+             if line.startswith("train.py ")]
+    return {Path(flags[flags.index("--out") + 1]).name: flags for flags in calls}
+
+
+def test_each_record_has_its_command_with_its_settings(commands, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                         # no folder of a run is here
+    folders = [path.parent for path in tables.RECORDS.glob("*/result.json")]
+    assert set(commands) == {folder.name for folder in folders}
+    for folder in folders:
+        new, old = train.parse(commands[folder.name])[0], read_record(folder).settings
+        without_views = () if old.algo in ("cff", "cffm", "scl") else ("views",)
+        different = [name for name in train.SETTINGS if getattr(new, name) != getattr(old, name)
+                     and name not in ("out", "data_dir", "device", "recipe", *without_views)]
+        assert not different, f"{folder.name}: its command has another {different}"

@@ -660,7 +660,7 @@ def parse(argv=None):
     return SimpleNamespace(**s), None
 
 
-def set_threads(run, saved):
+def set_threads(device, saved):
     """A resumed run has as many threads as before, for the same rounding. A new one has one if that
     is faster than all: then other work has some of the cores, and threads wait for each other."""
     threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
@@ -671,7 +671,7 @@ def set_threads(run, saved):
 
     if saved and "OMP_NUM_THREADS" not in os.environ:
         threads = min(saved["threads"], os.cpu_count())
-    elif run.device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
+    elif device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
         print(f"one thread is faster here than {threads}, as on a busy machine: using one")
         threads = 1
     torch.set_num_threads(threads)
@@ -683,7 +683,7 @@ def main(argv=None):
     s, saved = parse(argv)
     try:
         run = make_run(s, saved)
-        set_threads(run, saved)
+        set_threads(run.device, saved)
         if not saved:
             start(run)
     except KeyboardInterrupt:

@@ -223,10 +223,11 @@ def assist():
     device = train.find_device(s.device)
     model, labels = train.make_model(s, data).to(device), labels.to(device)
     model.load_state_dict(weights)
-    part = own_part(SimpleNamespace(
-        settings=s, data=data, stage=1, model=model, optimizers=train.make_optimizers(model, s),
-        margins=margins, goodness_loss=goodness_loss, generator=None,
-        augment=lambda y: y, train=(labels, labels)))           # labels take the images' place
+    run = SimpleNamespace(settings=s, data=data, model=model, margins=margins, generator=None,
+                          goodness_loss=goodness_loss, augment=lambda y: y,
+                          train=(labels, labels))               # labels take the images' place
+    train.begin_stage(run, 1)
+    part = own_part(run)
     for optimizer, state in zip(part.optimizers, states[part.model.place]):
         optimizer.load_state_dict(state)
     del told, weights, states

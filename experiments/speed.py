@@ -33,7 +33,7 @@ from cff import encode, predict, update
 from eval import print_table
 from losses import ff_loss, margins, symba_loss
 from pipeline import connect, gather, leave, own_part
-from train import defaults, find_device, make_augment, make_model, make_optimizers, train_on
+from train import begin_stage, defaults, find_device, make_augment, make_model, train_on
 from vit import plain_name
 
 METHODS = {"BP": {"algo": "bp"}, "CFF+M, 1 view": {"algo": "cffm", "views": 1},
@@ -81,13 +81,15 @@ def random_run(method, name, dataset, batch_size, device, **changes):
     s, generator = SimpleNamespace(**s), torch.Generator()
     data = {"image_shape": shape, "num_classes": classes}
     model = make_model(s, data).to(device)
-    return SimpleNamespace(
-        settings=s, data=data, stage=1, model=model, optimizers=make_optimizers(model, s),
-        margins=margins(s.m0, s.mL, len(model.layers), s.decay), generator=generator,
+    run = SimpleNamespace(
+        settings=s, data=data, model=model, generator=generator,
+        margins=margins(s.m0, s.mL, len(model.layers), s.decay),
         goodness_loss=symba_loss if s.algo == "symba" else ff_loss,
         augment=make_augment(s.augment, s.padding, shape[0] * [0.5], shape[0] * [0.25], generator),
         x=torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device),
         y=torch.arange(batch_size, device=device) % min(classes, batch_size // 2))
+    begin_stage(run, 1)
+    return run
 
 
 def random_step(method, *case):

@@ -1,6 +1,6 @@
 """What a run learned, in numbers, as in the paper's results section (Section 4).
 
-    python eval.py runs/NAME                   test accuracy, also by class; a probe of each layer
+    python eval.py runs/NAME                   test accuracy; a linear probe of each layer
     python eval.py runs/NAME --layers          the numbers of Fig. 5, layer by layer
     python eval.py runs/* [--markdown]         a table with one row per run, or per group of seeds
 
@@ -15,20 +15,16 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from shlex import quote
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
-from train import (DEFAULTS, METRIC, SETTINGS, SHAPES, WITH_LABELS, accuracy, choosing_loss,
-                   layer_features, make_run, probe, read, stages)
+from train import (DEFAULTS, METRIC, SETTINGS, WITH_LABELS, accuracy, choosing_loss, layer_features,
+                   make_run, probe, read, stages)
 
 NAMES = {"cff": "CFF", "cffm": "CFF+M", "ff": "FF", "symba": "SymBa", "collab": "FF Collab",
          "scl": "SCL", "bp": "BP+CE"}
-CLASSES = {"shapes": list(SHAPES),
-           "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
 
 
 # ------------------------------------------------------------------------------------ reading runs
@@ -63,13 +59,8 @@ def read_log(folder):
                 for row in csv.DictReader(file) if row.get("stage") == "1"]
 
 
-class Record(NamedTuple):
-    """A finished run as text: the `log` of stage 1; the number of `images` in each part."""
-    name: str
-    settings: SimpleNamespace
-    result: dict
-    log: list
-    images: list
+class Record(SimpleNamespace):
+    """A finished run: `name`, `settings`, `result`, the `log` of stage 1, `images` in each part."""
 
     def accuracy(self, part):
         """Accuracy in % on "val" or "test" images, by the data set's metric."""
@@ -80,17 +71,15 @@ def read_record(folder):
     """The `Record` of a finished run. Raises OSError, in one line, if the folder holds none."""
     folder = Path(folder)
     if (folder / "config.json").exists() and not (folder / "result.json").exists():
-        go_on = "python train.py --resume --out " + quote(str(folder))
-        raise OSError(f"{folder}: not finished; continue it with {go_on}")
+        raise OSError(f"{folder}: not finished; train.py --resume --out {folder} continues it")
     try:
         config, result = (json.loads((folder / file).read_text(encoding="utf-8-sig"))
                           for file in ("config.json", "result.json"))
-        s, log = SimpleNamespace(**DEFAULTS | config["settings"]), read_log(folder)
-        if s.algo not in NAMES:
-            raise ValueError(f"unknown method {s.algo!r}")
-        if not log or not all({"probe", "seconds"} <= row.keys() for row in log):
-            raise ValueError("log.csv lacks epochs or columns, or has semicolons for commas")
-        record = Record(folder.absolute().name, s, result, log, config["data"]["images"])
+        record = Record(
+            name=folder.absolute().name, settings=SimpleNamespace(**DEFAULTS | config["settings"]),
+            result=result, log=read_log(folder), images=config["data"]["images"])
+        if not record.log:
+            raise ValueError("log.csv lacks epochs, or has semicolons for commas")
         table_row([record])                     # fails if something else is missing
     except Exception as reason:                 # people edit these files: they may hold anything
         raise OSError(f"{folder}: no run that can be read ({type(reason).__name__}: {reason})")
@@ -140,24 +129,18 @@ def epochs_to_convergence(settings, log):
 
 def evaluate(folder, **changes):
     """Print a run's accuracy and probes; returns top-1, -5, -10 in %, {} for an untrained head."""
-    run = open_run(folder, **changes)
-    s, (train_images, train_y), (images, y), top = run.settings, run.train, run.test, {}
+    run, top = open_run(folder, **changes), {}
+    s, (images, y) = run.settings, run.test
     print(f"{folder}: {s.algo} with {s.model} on {s.dataset}, {len(y)} test images")
-    if not (run.folder / "result.json").exists():
-        print("not finished: these are its best weights so far")
     if run.stage < stages(s):
-        print("its head is not trained yet")
+        print("not finished: its head is not trained yet")
     else:
         top = accuracy(run.model, images, y, run.normalise, s)
         print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
-        by_class = []
-        for c, name in enumerate(CLASSES.get(s.dataset, range(run.model.num_classes))):
-            found = accuracy(run.model, images[y == c], y[y == c], run.normalise, s)
-            by_class.append(f"{name} {found[1]:.1f}")
-        print("top-1 in % by class: " + ", ".join(by_class))
-    fit, test = layer_features(run, train_images[:10000]), layer_features(run, images)
-    probes = [probe(normalize(f), train_y[:10000], normalize(test_f), y, run.model.num_classes)
-              for f, test_f in zip(fit, test)]
+    train_images, train_y = (part[:10000] for part in run.train)
+    features = zip(layer_features(run, train_images), layer_features(run, images))
+    probes = [probe(normalize(f), train_y, normalize(test_f), y, run.model.num_classes)
+              for f, test_f in features]
     print("linear probe by layer: " + ", ".join(f"{value:.1f} %" for value in probes))
     return top
 
@@ -186,27 +169,21 @@ def three_images(f, y):
     return [0] + [rows[s[rows].argsort()[len(rows) // 2]].item() for rows in (P, N)]
 
 
-def show_layers(run):
+def show_layers(run, markdown=False):
     """Print Fig. 5's numbers of a run of `open_run`; returns them, one dict per layer."""
     (images, y), best, rows = run.val, run.log[run.best_epoch - 1], []
     features = layer_features(run, images)
     three = three_images(normalize(features[0]), y)
     for l, f in enumerate(features, start=1):
         anchor, positive, negative = normalize(f[three])
-        fisher = fisher_criterion(f, y)
-        rows.append({
-            "Layer": l, "Fisher": fisher,
-            "averaged": fisher * len(y.unique()),       # S_w as the mean over the classes
-            "Train loss": best.get(f"train_loss_{l}", "-"),
-            "Val loss": best.get(f"val_loss_{l}", "-"),
-            "Train |R|/|P|": best.get(f"train_saturated_{l}", "-"),
-            "Val |R|/|P|": best.get(f"val_saturated_{l}", "-"),
-            "Cosine to the positive": (anchor @ positive).item(),
-            "to the negative": (anchor @ negative).item()})
-    print(f"{run.folder}: {len(y)} validation images, {features[0].shape[1]} features; losses and "
-          f"|R|/|P| of epoch {run.best_epoch}")
+        row = {"Layer": l, "Fisher": fisher_criterion(f, y)}
+        for column in ("train_loss", "val_loss", "train_saturated", "val_saturated"):
+            row[column] = best.get(f"{column}_{l}", "-")        # SCL and BP have one loss
+        rows.append(row | {"Cosine to the positive": (anchor @ positive).item(),
+                           "to the negative": (anchor @ negative).item()})
+    print(f"{run.folder}: {len(y)} validation images, epoch {run.best_epoch}; saturated: |R|/|P|")
     cells = [[f"{x:.3f}" if isinstance(x, float) else x for x in row.values()] for row in rows]
-    print_table([list(rows[0]), *cells])
+    print_table([list(rows[0]), *cells], markdown)
     return rows
 
 
@@ -230,13 +207,13 @@ def print_table(rows, markdown=False):
 
 def table_row(runs):
     """One row of `show_table`, for the records of a group: {column: cell}."""
-    name, s, _, _, images = runs[0]                     # they differ in the seed alone
+    first, s = runs[0], runs[0].settings                # they differ in the seed alone
     converged = [epochs_to_convergence(run.settings, run.log) for run in runs]
     seconds = [statistics.median(row["seconds"] for row in run.log) for run in runs]
     return {
-        "Run": name if len(runs) == 1 else re.sub(r"-?s\d+$", "", name),
+        "Run": first.name if len(runs) == 1 else re.sub(r"-?s\d+$", "", first.name),
         "Method": NAMES[s.algo] + " + head" * s.head, "Model": s.model, "Data": s.dataset,
-        "Images": images[0], "Augment": s.augment,
+        "Images": first.images[0], "Augment": s.augment,
         "Views": 1 if s.algo in (*WITH_LABELS, "bp") else s.views, "Pool": s.pool,
         "Missing": s.missing, "Wrong": s.label_noise,
         "Epochs": f"{s.epochs} + {s.head_epochs}" if stages(s) == 2 else f"{s.epochs}",
@@ -272,7 +249,7 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", type=os.path.expanduser, help="folders of runs")
-    add("--layers", action="store_true", help="the numbers of Fig. 5, for one run")
+    add("--layers", action="store_true", help="the numbers of Fig. 5, for each run")
     add("--markdown", action="store_true", help="print tables as Markdown")
     add("--data-dir", type=os.path.expanduser, help="folder of the data sets; default: the run's")
     add("--device", choices=SETTINGS["device"][1], help="default: the run's")
@@ -280,11 +257,10 @@ def main(argv=None):
     changes = vars(parser.parse_args(argv))             # those of the run's settings, in the end
     folders = find_folders(changes.pop("runs"))
     layers, markdown = changes.pop("layers", False), changes.pop("markdown", False)
-    if layers and (markdown or len(folders) > 1):
-        parser.error("--layers shows one run, and has no --markdown")
     try:
         if layers:
-            show_layers(open_run(folders[0], **changes))
+            for folder in folders:
+                show_layers(open_run(folder, **changes), markdown)
         elif markdown or len(folders) > 1:
             show_table(read_groups(folders), markdown)
         else:
@@ -294,6 +270,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")    # a terminal may lack ± or a letter of a name
+    sys.stdout.reconfigure(errors="replace")        # a terminal may lack ± or a letter of a name
     main()

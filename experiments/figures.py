@@ -11,7 +11,6 @@ RUN is a run's folder or a pattern; only fig5 needs the checkpoint and the data.
 over seeds. --out FILE names the picture. Needs matplotlib, and for fig5 scikit-learn.
 """
 import argparse
-import os
 import re
 import statistics
 import sys
@@ -22,29 +21,21 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import (CLASSES, NAMES, epochs_to_convergence, essential, find_folders, open_run,
-                  read_groups, show_layers, spread, three_images)
+from eval import (NAMES, epochs_to_convergence, essential, find_folders, open_run, read_groups,
+                  show_layers, spread, three_images)
 from losses import margins
 from train import SETTINGS, defaults, layer_features, load_data, make_augment
 
 # For each method a colour (Okabe and Ito; distinct in print and with any colour vision), a mark
 COLOURS = dict(zip(NAMES, "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()))
 MARKS = dict(zip(NAMES, "sD^vPXo"))
-MARGINS = {"m0": "margin of the first layer, m0", "mL": "margin of the last layer, mL",
-           "decay": "decay of the margins"}                             # of CFF+M alone
-LABELS = MARGINS | {"limit": "training images", "missing": "fraction of the images left out",
-                    "label_noise": "fraction of the labels made wrong", "augment": "augmentation"}
+MARGINS = ("m0", "mL", "decay")                                         # of CFF+M alone
 
 
 def make_figure(rows=1, columns=1, size=(8, 4), **options):
-    """(figure, axes) for `write_figure`: size in inches, options of matplotlib's Figure.subplots.
-    Raises ImportError that says what to install."""
-    os.environ.pop("MPLBACKEND", None)      # it is for windows; matplotlib stops at unknown names
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("pictures need matplotlib: pip install matplotlib")
+    """(figure, axes) for `write_figure`: size in inches, options of Figure.subplots."""
+    import matplotlib
+    from matplotlib.figure import Figure
     matplotlib.rcParams["text.parse_math"] = False          # a run may be called r$1_{2$
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
@@ -56,7 +47,7 @@ def write_figure(figure, path):
     print(f"picture: {path}")
 
 
-# ------------------------------------------------------------------------- Fig. 4a, augmented views
+# ------------------------------------------------------------------ Figs. 4a and 5, augmented views
 
 def fig4a(m0, mL, L):
     """The margins of L layers from m0 to mL, one line for each --decay."""
@@ -95,8 +86,6 @@ def show_images(axis, images):
     axis.set(xticks=[], yticks=[])
 
 
-# ------------------------------------------------------------------------------------------- Fig. 5
-
 def fig5(run, **changes):
     """The run in a folder, one column per layer: Fisher criterion and t-SNE; losses and |R|/|P|;
     three images with their cosines. changes: as for `eval.open_run`."""
@@ -107,7 +96,7 @@ def fig5(run, **changes):
     figure, axes = make_figure(3, len(rows), (max(8, 2.8 * len(rows)), 8), squeeze=False,
                                height_ratios=[3, 3, 1.3])
     figure.suptitle(f"{run.folder.absolute().name}: {len(y)} validation images, by layer")
-    draw_tsne(axes[0], features, y.cpu(), CLASSES.get(run.settings.dataset))
+    draw_tsne(axes[0], features, y[:1000].cpu())
     draw_epochs(axes[1], [row for row in run.log if row["stage"] == 1])
     for row, top, bottom in zip(rows, axes[0], axes[2]):
         top.set_title(f"Layer {row['Layer']}\nFisher criterion {row['Fisher']:.2f}", fontsize=10)
@@ -119,22 +108,17 @@ def fig5(run, **changes):
     return figure
 
 
-def draw_tsne(axes, features, y, names):
-    """Each layer's features of the first 1,000 images in two dimensions, by t-SNE."""
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise ImportError("t-SNE needs scikit-learn: pip install scikit-learn")
-    y = y[:1000]
+def draw_tsne(axes, features, y):
+    """Each layer's features of the first images, with labels y, in two dimensions, by t-SNE."""
+    from sklearn.manifold import TSNE
     classes = y.unique().tolist()
     for l, (axis, f) in enumerate(zip(axes, features), start=1):
         tsne = TSNE(perplexity=min(30, len(y) // 4), init="pca", random_state=0)
-        points = tsne.fit_transform(f[:1000].cpu().numpy())             # (n, 2)
+        points = tsne.fit_transform(f[:len(y)].cpu().numpy())             # (n, 2)
         for i, c in enumerate(classes):
-            name = names[c] if names else f"class {c}"
             axis.scatter(*points[(y == c).numpy()].T, s=11, lw=0, color=f"C{i % 10}",
                          marker="osD^vP*<>X"[i % 10],
-                         label=name if l == 1 and len(classes) <= 10 else None)
+                         label=f"class {c}" if l == 1 and len(classes) <= 10 else None)
         axis.set(xticks=[], yticks=[])
     axes[0].set_ylabel("t-SNE (no units)")
 
@@ -167,18 +151,15 @@ def fig6(runs):
     groups = read_groups(find_folders(runs))
     figure, axis = make_figure(size=(9, 4.5))
     for group in groups:
-        algo, means, low, high = group[0].settings.algo, [], [], []
-        for rows in zip(*(run.log for run in group)):                   # one epoch of all seeds
-            probes = [row["probe"] for row in rows]
-            means.append(statistics.mean(probes))
-            low.append(min(probes))
-            high.append(max(probes))
+        algo = group[0].settings.algo
+        probes = torch.tensor([[row["probe"] for row in run.log] for run in group]).numpy()
+        epochs = range(1, probes.shape[1] + 1)                          # probes: (seeds, epochs)
         converged = [epochs_to_convergence(run.settings, run.log) for run in group]
-        epochs, look = range(1, len(means) + 1), {"color": COLOURS[algo]}
-        axis.plot(epochs, means, marker=MARKS[algo], ms=9, mec="black", **look,
-                  markevery=[round(statistics.mean(converged)) - 1],
+        axis.plot(epochs, probes.mean(axis=0), color=COLOURS[algo], marker=MARKS[algo], ms=9,
+                  mec="black", markevery=[round(statistics.mean(converged)) - 1],
                   label=f"{NAMES[algo]}: {spread(converged, digits=0)}")
-        axis.fill_between(epochs, low, high, alpha=0.15, **look)
+        axis.fill_between(epochs, probes.min(axis=0), probes.max(axis=0), color=COLOURS[algo],
+                          alpha=0.15)
     axis.set(xlabel="epoch", ylabel="validation accuracy of the probe, %")
     return finish(figure, groups, "", legend="epochs to\nconvergence (mark)")
 
@@ -188,10 +169,8 @@ def what_varies(groups):
     model. Raises ValueError for none or several."""
     shared = ("dataset", "limit", "model", "augment", "missing", "label_noise")
     settings = [essential(runs[0]) for runs in groups]
-    varied = {name for name in shared if len({s[name] for s in settings}) > 1}
-    for algo in NAMES:
-        mine = [s for s in settings if s["algo"] == algo]
-        varied |= {name for s in mine for name in s if s[name] != mine[0][name]}
+    varied = {name for a in settings for b in settings for name in a
+              if a[name] != b[name] and (name in shared or a["algo"] == b["algo"])}
     if len(varied) != 1:
         settings = ", ".join(sorted(varied)) or "no setting but the method: see fig6"
         raise ValueError(f"a figure shows one setting that varies; these runs differ in {settings}")
@@ -199,13 +178,12 @@ def what_varies(groups):
 
 
 def fig7(runs):
-    """Accuracy by the one setting that varies: mean and standard deviation of the seeds. Methods
-    without margins are horizontal lines in Fig. 4b. On validation images, as in the paper; on test
-    images for Table 4's settings, which change the others."""
+    """Accuracy by the one setting that varies, as m0 in Fig. 4b, where methods without margins are
+    horizontal lines: mean and standard deviation of the seeds. On validation images, as in the
+    paper; on test images for Table 4's settings, which change the others."""
     groups = read_groups(find_folders(runs))
-    varied, part, name = what_varies(groups), "val", "validation"
-    if varied in ("missing", "label_noise"):
-        part = name = "test"
+    varied = what_varies(groups)
+    part = "test" if varied in ("missing", "label_noise") else "val"
     figure, axis = make_figure(size=(8.5, 4.5))
     ticks = sorted({place(runs, varied) for runs in groups
                     if varied not in MARGINS or runs[0].settings.algo == "cffm"})
@@ -222,11 +200,8 @@ def fig7(runs):
             axis.errorbar([ticks.index(place(runs, varied)) for runs in mine], means, yerr=spreads,
                           marker=MARKS[algo], capsize=3, **look)
     axis.set_xticks(range(len(ticks)), [label for _, label in ticks])
-    axis.set(xlabel=LABELS.get(varied, varied.replace("_", " ")), ylabel=f"{name} accuracy, %")
+    axis.set(xlabel=f"{varied}: {SETTINGS[varied][2]}", ylabel=f"accuracy on {part} images, %")
     return finish(figure, groups, varied, legend="method")
-
-
-fig4b = fig7                            # Fig. 4b is the same by --m0
 
 
 def place(runs, varied):
@@ -255,33 +230,33 @@ def main(argv=None):
     """The command line. What cannot be drawn ends with one line and exit status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands, path = parser.add_subparsers(dest="figure", required=True), os.path.expanduser
-    add = {}
-    for name, draw in (("fig4a", fig4a), ("fig4b", fig4b), ("fig5", fig5), ("fig6", fig6),
+    commands, add = parser.add_subparsers(dest="figure", required=True), {}
+    for name, draw in (("fig4a", fig4a), ("fig4b", fig7), ("fig5", fig5), ("fig6", fig6),
                        ("fig7", fig7), ("views", views)):
         command = commands.add_parser(name, argument_default=argparse.SUPPRESS)
         command.set_defaults(draw=draw)
-        command.add_argument("--out", type=path, metavar="FILE", help="the picture")
+        command.add_argument("--out", metavar="FILE", help="the picture")
         add[name] = command.add_argument
     for name, kind, default in (("m0", float, 0.4), ("mL", float, 0.1), ("L", int, 8)):
         add["fig4a"](name, nargs="?", type=kind, default=default, help="[%(default)s]")
     for name in ("fig4b", "fig6", "fig7"):
-        add[name]("runs", nargs="+", metavar="RUN", type=path, help="folders of runs")
-    add["fig5"]("run", metavar="RUN", type=path, help="a run's folder")
+        add[name]("runs", nargs="+", metavar="RUN", help="folders of runs")
+    add["fig5"]("run", metavar="RUN", help="a run's folder")
     add["fig5"]("--device", choices=SETTINGS["device"][1], help="default: the run's")
-    add["fig5"]("--data-dir", type=path, help="folder of the data sets; default: the run's")
+    add["fig5"]("--data-dir", help="folder of the data sets; default: the run's")
     add["views"]("--dataset", choices=SETTINGS["dataset"][1], default="shapes")
-    add["views"]("--data-dir", type=path, default="data", help="folder of the data sets")
+    add["views"]("--data-dir", default="data", help="folder of the data sets")
     args = vars(parser.parse_args(argv))
     draw, name = args.pop("draw"), args.pop("figure")
     out = args.pop("out", Path(args.get("run", ""), f"{name}.png"))
     try:
         write_figure(draw(**args), out)
-    except (OSError, ValueError, ImportError) as reason:
+    except ImportError as reason:
+        parser.error(f"{reason}: pip install matplotlib scikit-learn")
+    except (OSError, ValueError) as reason:
         parser.error(str(reason) or type(reason).__name__)
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")    # a terminal may lack a letter of a name
+    sys.stdout.reconfigure(errors="replace")        # a terminal may lack a letter of a name
     main()

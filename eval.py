@@ -132,11 +132,16 @@ def evaluate(folder, **changes):
     run, top = open_run(folder, **changes), {}
     s, (images, y) = run.settings, run.test
     print(f"{folder}: {s.algo} with {s.model} on {s.dataset}, {len(y)} test images")
+    if not (run.folder / "result.json").exists():
+        print("not finished: these are its best weights so far")
     if run.stage < stages(s):
-        print("not finished: its head is not trained yet")
+        print("its head is not trained yet")
     else:
         top = accuracy(run.model, images, y, run.normalise, s)
         print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
+        classes = [(images[y == c], y[y == c]) for c in range(run.model.num_classes)]
+        print("top-1 in % by class: " + ", ".join(
+            f"{accuracy(run.model, *part, run.normalise, s)[1]:.1f}" for part in classes))
     train_images, train_y = (part[:10000] for part in run.train)
     features = zip(layer_features(run, train_images), layer_features(run, images))
     probes = [probe(normalize(f), train_y, normalize(test_f), y, run.model.num_classes)
@@ -176,7 +181,8 @@ def show_layers(run, markdown=False):
     three = three_images(normalize(features[0]), y)
     for l, f in enumerate(features, start=1):
         anchor, positive, negative = normalize(f[three])
-        row = {"Layer": l, "Fisher": fisher_criterion(f, y)}
+        fisher = fisher_criterion(f, y)
+        row = {"Layer": l, "Fisher": fisher, "averaged": fisher * len(y.unique())}   # S_w / C
         for column in ("train_loss", "val_loss", "train_saturated", "val_saturated"):
             row[column] = best.get(f"{column}_{l}", "-")        # SCL and BP have one loss
         rows.append(row | {"Cosine to the positive": (anchor @ positive).item(),

@@ -11,6 +11,7 @@ RUN is a run's folder or a pattern; only fig5 needs the checkpoint and the data.
 over seeds. --out FILE names the picture. Needs matplotlib, and for fig5 scikit-learn.
 """
 import argparse
+import os
 import re
 import statistics
 import sys
@@ -34,6 +35,7 @@ MARGINS = ("m0", "mL", "decay")                                         # of CFF
 
 def make_figure(rows=1, columns=1, size=(8, 4), **options):
     """(figure, axes) for `write_figure`: size in inches, options of Figure.subplots."""
+    os.environ.pop("MPLBACKEND", None)      # of a notebook; unknown names stop matplotlib
     import matplotlib
     from matplotlib.figure import Figure
     matplotlib.rcParams["text.parse_math"] = False          # a run may be called r$1_{2$

@@ -164,15 +164,15 @@ def set_learning_rate(run, i):
 
 
 def shuffled_batches(run):
-    """The batches of the current epoch in a new random order, as row numbers, (B,) each."""
+    """The training batches of an epoch in a new random order, as row numbers, (B,) each."""
     labels = run.train[1]
-    order = torch.randperm(len(labels), generator=run.generator).to(labels.device)
-    return usable(order.split(run.settings.batch_size), labels, run)
+    return batches_of(run, torch.randperm(len(labels), generator=run.generator), labels)
 
 
-def usable(batches, labels, run):
-    """The batches on which the loss is defined: with one view a contrastive loss needs two images
-    of a class. Raises ValueError if there are none."""
+def batches_of(run, order, labels):
+    """Rows in this order, in batches. With one view a contrastive loss needs two images of a class:
+    batches without them are left out. Raises ValueError if none is left."""
+    batches = order.to(labels.device).split(run.settings.batch_size)
     if run.method in ("cff", "cffm", "scl") and run.settings.views == 1:
         batches = [rows for rows in batches if len(labels[rows].unique()) < len(rows)]
     if not batches:
@@ -216,8 +216,7 @@ def validate(run):
     """The mean losses on validation images, (L,) or a scalar; the same draws every epoch."""
     (images, labels), total, n = run.val, 0, 0
     run.val_generator.manual_seed(run.settings.seed)
-    order = torch.arange(len(labels), device=labels.device)
-    for rows in usable(order.split(run.settings.batch_size), labels, run):
+    for rows in batches_of(run, torch.arange(len(labels)), labels):
         total += len(rows) * losses_on(run, images[rows], labels[rows])
         n += len(rows)
     return total / n
@@ -331,16 +330,12 @@ def load_tiny_imagenet(folder):
         torchvision.datasets.utils.download_and_extract_archive(
             url, folder, md5="90528d7ca1a48142e341f4ef8d21d0de")
     training = torchvision.datasets.ImageFolder(root / "train")
-
-    def pixels(path):
-        return v2.functional.pil_to_tensor(training.loader(path))               # RGB
-
     lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
     test = [(root / "val" / "images" / file, training.class_to_idx[name])
             for file, name in (line.split("\t")[:2] for line in lines)]
     for files in (training.samples, test):
-        data += [torch.stack([pixels(path) for path, _ in files]),
-                 torch.tensor([label for _, label in files])]
+        images = [v2.functional.pil_to_tensor(training.loader(path)) for path, _ in files]  # RGB
+        data += [torch.stack(images), torch.tensor([label for _, label in files])]
     return data
 
 
@@ -370,13 +365,13 @@ def draw_shapes(n, seed):
 
 
 def draw_some(n, generator):
-    """n images of `draw_shapes`, the classes in turn; all but the outline is random."""
+    """n images of `draw_shapes`, the classes in turn; everything but the outline is random."""
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
 
-    def rand(low, high, channels=1):        # a number for each image, or for each of its channels
+    def rand(low, high, channels=1):        # one number per image, or per image and channel
         return low + (high - low) * torch.rand(n, channels, 1, 1, generator=generator)
 
-    def place(low, high, room):             # pixels in coordinates of an object of random place
+    def place(low, high, room):             # the pixels in an object's own coordinates
         radius, turn = rand(low, high), rand(0, 2 * math.pi)
         x, y = ((axis - 15.5 - room * rand(-1, 1)) / radius for axis in (columns, rows))
         return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
@@ -422,9 +417,9 @@ def split(images, labels, s, num_classes):
 # ------------------------------------------------------------------------------------ augmentation
 
 def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
-    """RandAugment [45] of uint8 images (B, C, H, W): torchvision draws each of the num_ops
-    operations for a group of images at once, and who is in which group is drawn anew for each.
-    groups: at most so many; fewer are faster, more leave fewer images with the same draws."""
+    """RandAugment [45] of uint8 images (B, C, H, W), by torchvision, which draws an operation for
+    all images that it gets. So for each of the num_ops operations the batch is shuffled into up to
+    `groups` groups, and each group has its own draw. Fewer groups are faster."""
     draw, images = v2.RandAugment(1, magnitude), images.clone()
     with torch.random.fork_rng(devices=[]):             # torchvision has no generator of its own
         torch.default_generator.manual_seed(torch.randint(2 ** 31, (), generator=generator).item())
@@ -435,8 +430,8 @@ def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
 
 
 def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
-    """augment(images): uint8 (B, C, H, W) -> a freshly drawn view, normalised. kind: --augment.
-    What is random is drawn on the CPU, so it is the same on every device."""
+    """augment(images): uint8 (B, C, H, W) -> a new random view, normalised. kind: --augment.
+    Random numbers are drawn on the CPU, so they are the same on every device."""
     mean, std, size = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
 
     def augment(images):
@@ -489,11 +484,10 @@ def make_run(s, saved=None):
         generator=torch.Generator().manual_seed(s.seed), val_generator=torch.Generator(),
         best=None, best_epoch=0, log=[])
     run.train, run.val, run.test = ([t.to(device) for t in part] for part in parts)
-    run.augment, run.val_augment, run.normalise = (
-        make_augment(kind, s.padding, mean, std, generator, fill=s.fill,
-                     flip=s.dataset != "mnist")             # a mirrored digit is another sign
-        for kind, generator in ((s.augment, run.generator), (s.augment, run.val_generator),
-                                ("none", None)))
+    view = partial(make_augment, s.augment, s.padding, mean, std, fill=s.fill,
+                   flip=s.dataset != "mnist")               # a mirrored digit is another sign
+    run.augment, run.val_augment = view(run.generator), view(run.val_generator)
+    run.normalise = make_augment("none", 0, mean, std, None)
     begin_stage(run, saved["stage"] if saved else 1)
     if saved:
         for name in PROGRESS:

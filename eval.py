@@ -182,7 +182,7 @@ def show_layers(run, markdown=False):
     for l, f in enumerate(features, start=1):
         anchor, positive, negative = normalize(f[three])
         fisher = fisher_criterion(f, y)
-        row = {"Layer": l, "Fisher": fisher, "averaged": fisher * len(y.unique())}   # S_w / C
+        row = {"Layer": l, "Fisher": fisher, "Fisher, S_w/C": fisher * len(y.unique())}
         for column in ("train_loss", "val_loss", "train_saturated", "val_saturated"):
             row[column] = best.get(f"{column}_{l}", "-")        # SCL and BP have one loss
         rows.append(row | {"Cosine to the positive": (anchor @ positive).item(),

@@ -36,7 +36,7 @@ def goodness(h):
 def ff_loss(g_pos, g_neg, threshold=2.0):
     """FF's loss, Eq. 2, from goodness (B,) with true and with wrong labels -> scalar, a mean."""
     # Eq. 2: L = sum_i log(1 + exp(theta - G_i^pos)) + log(1 + exp(G_i^neg - theta))
-    # softplus(x) = log(1 + exp(x))
+    # softplus(x) = log(1 + exp(x)); the mean of the 2B terms
     return (softplus(threshold - g_pos) + softplus(g_neg - threshold)).mean() / 2
 
 
@@ -81,8 +81,8 @@ def _size(P):
 
 
 def _mean_over_anchors(L_i, P):
-    """The mean of L_i (2B,) over the rows that have a positive; if none has, ValueError, but on a
-    GPU nan: to ask there would make every batch wait."""
+    """The mean of L_i (2B,) over the rows that have a positive. Raises ValueError if none has; on a
+    GPU returns nan, because the check would make every batch wait."""
     anchors = P.any(dim=1)
     if anchors.device.type == "cpu" and not anchors.any():
         raise ValueError("no row has a positive: every class occurs once in this batch; "
@@ -109,7 +109,7 @@ def contrastive_loss(f, y, temperature=0.15):
 def inner_contrastive_loss(f, y, temperature=0.15):
     """Supervised contrastive loss, inner form, Eq. 12: the mean over P(i) inside the logarithm.
 
-    Arguments, result, errors as `contrastive_loss`, which is never smaller (Jensen's inequality).
+    Arguments, result, errors as `contrastive_loss`. Eq. 12 is at most Eq. 3 (Jensen's inequality).
     """
     _check(f, y, temperature)
     P, N = _sets(y)
@@ -153,7 +153,7 @@ def saturated(f, y, margin):
 # ----------------------------------------------- gradients by hand, case by case (Eqs. 18, A.2-A.7)
 
 def _around(f, y, i, margin, temperature):
-    """What the equations need of anchor i: s_i (2B,), the masks P, N, R, Rc (2B,) and Z_i.
+    """Quantities for anchor i: s_i (2B,), the masks P, N, R, Rc (2B,) and Z_i.
 
     Computed as printed, without logsumexp: exp(1/tau) must be finite, tau > 0.012 in float32.
     """

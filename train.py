@@ -106,9 +106,12 @@ WITH_LABELS = ("ff", "symba", "collab")                     # methods whose imag
 def train(run):
     """Stage 1, the encoder, and stage 2, the head, from where the run stands; then the test."""
     images, labels = run.train
-    while run.stage <= stages(run.settings):
-        print_row(["epoch", *(f"loss {name}" for name in run.names),
-                   "val loss", "probe %", "seconds", "left"])
+    for stage in range(run.stage, stages(run.settings) + 1):
+        if stage > run.stage:
+            begin_stage(run, stage)
+        if run.epoch < run.epochs:
+            print_row(["epoch", *(f"loss {name}" for name in run.names),
+                       "val loss", "probe %", "seconds", "left"])
         while run.epoch < run.epochs:
             start, total, n = time.time(), 0, 0
             batches = shuffled_batches(run)
@@ -121,7 +124,6 @@ def train(run):
                     print(f"epoch {run.epoch + 1}, batch {i + 1}", end="\r", flush=True)
             end_epoch(run, total / n, validate(run), start)
         run.model.load_state_dict(run.best)             # the epoch with the lowest validation loss
-        begin_stage(run, run.stage + 1)
     return test(run)
 
 
@@ -145,9 +147,13 @@ def begin_stage(run, stage):
 
 def make_optimizers(model, s, stage=1):
     """One AdamW per layer; SCL and BP have one for all they train, stage 2 one for the head."""
-    modules, lr = {"scl": [model.layers], "bp": [model]}.get(s.algo, model.layers), s.lr
+    modules, lr = model.layers, s.lr
     if stage == 2:
         modules, lr = [model.head], s.head_lr
+    elif s.algo == "scl":
+        modules = [model.layers]
+    elif s.algo == "bp":
+        modules = [model]
     return [torch.optim.AdamW(module.parameters(), lr, weight_decay=s.weight_decay, fused=True)
             for module in modules]
 
@@ -197,7 +203,7 @@ def train_on(run, x, y):
 
 
 def losses_on(run, x, y):
-    """What `train_on` would return for a batch, without training, by draws of its own."""
+    """The losses that `train_on` would return, without an update; draws are from val_generator."""
     s, model, augment = run.settings, run.model, run.val_augment
     if run.method in ("cff", "cffm"):
         return cff_losses(model, x, y, augment, run.margins, s.temperature, s.views)
@@ -264,15 +270,15 @@ def print_row(cells):
 def measure(run, most=3000):
     """Columns of the log, from up to `most` training and validation images without augmentation:
     validation accuracy of a linear probe in %; with margins each layer's |R|/|P| (Fig. 5)."""
-    row, seen = {}, []
+    row, last = {}, {}
     for part, (images, y) in (("train", run.train), ("val", run.val)):
         f, y = [normalize(f_l) for f_l in layer_features(run, images[:most])], y[:most]
-        seen += [f[-1], y]
+        last[part] = f[-1], y
         if run.settings.algo == "cffm":
-            P = max(1, (y[:, None] == y).sum().item() - len(y))
+            pairs = max(1, (y[:, None] == y).sum().item() - len(y))         # the sum of |P(i)|
             for l, (f_l, m) in enumerate(zip(f, run.margins), start=1):
-                row[f"{part}_saturated_{l}"] = round(saturated(f_l, y, m).sum().item() / P, 6)
-    return row | {"probe": round(probe(*seen, run.model.num_classes), 2)}
+                row[f"{part}_saturated_{l}"] = round(saturated(f_l, y, m).sum().item() / pairs, 6)
+    return row | {"probe": round(probe(*last["train"], *last["val"], run.model.num_classes), 2)}
 
 
 @torch.no_grad()
@@ -432,7 +438,7 @@ def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
 def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
     """augment(images): uint8 (B, C, H, W) -> a new random view, normalised. kind: --augment.
     Random numbers are drawn on the CPU, so they are the same on every device."""
-    mean, std, size = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
+    mean, std, shifts = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
 
     def augment(images):
         (B, C, H, W), there = images.shape, dict(device=images.device, non_blocking=True)
@@ -441,8 +447,8 @@ def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
         if "crop" in kind:                                  # a random window of the padded image
             mode = "edge" if fill == "edge" else "constant"
             padded = v2.functional.pad(images, padding, padding_mode=mode)
-            windows = padded.unfold(2, H, 1).unfold(3, W, 1)            # (B, C, size, size, H, W)
-            rows, columns = torch.randint(size, (2, B), generator=generator).to(**there)
+            windows = padded.unfold(2, H, 1).unfold(3, W, 1)        # (B, C, shifts, shifts, H, W)
+            rows, columns = torch.randint(shifts, (2, B), generator=generator).to(**there)
             images = windows[torch.arange(B, device=images.device), :, rows, columns]
         if flip and kind != "none":                         # each with probability 1/2
             mirror = (torch.rand(B, 1, 1, 1, generator=generator) < 0.5).to(**there)
@@ -505,7 +511,9 @@ def find_device(name="auto"):
     found = torch.accelerator.current_accelerator().type if there else "cpu"
     if name not in ("auto", "cpu", found):
         raise ValueError(f"--device {name}: torch finds no such device here")
-    return torch.device(name if name != "auto" else "cpu" if found == "mps" else found)
+    if name == "auto":
+        name = "cpu" if found == "mps" else found
+    return torch.device(name)
 
 
 def make_model(s, data):
@@ -545,7 +553,7 @@ def start(run):
 
 
 def save(run):
-    """Write checkpoint.pt, all that --resume and eval.py need, and log.csv, each at once."""
+    """Write checkpoint.pt, all that --resume and eval.py need, and log.csv."""
     write(run.folder / "checkpoint.pt", {
         **{name: getattr(run, name) for name in PROGRESS}, "stage": run.stage,
         "settings": vars(run.settings), "data": run.data, "threads": torch.get_num_threads(),
@@ -582,7 +590,8 @@ def read(path):
 
 
 def write(path, content):
-    """Write text, or what torch can save, to a temporary file and replace `path` by it."""
+    """Replace the file `path`, never half-written, by text or what torch can save. OSError if the
+    disk is full, where torch.save to a file has other errors."""
     data, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     if isinstance(content, str):
         data.write(content.encode())
@@ -620,7 +629,8 @@ def parse(argv=None):
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("-h", "--help", action="store_true", help="these flags; defaults in [...]")
     typed = vars(parser.parse_args(argv))
-    if typed.pop("resume", False):
+    show_help = typed.pop("help", False)
+    if typed.pop("resume", False) and not show_help:
         try:
             saved = read(Path(typed.get("out", "")) / "checkpoint.pt")
             s = DEFAULTS | saved["settings"]
@@ -634,7 +644,7 @@ def parse(argv=None):
     if typed.get("dataset") == "mnist" and typed.get("model", "mlp").startswith("vit"):
         recipe = recipe or "none"                       # MNIST's own recipe is for MLPs
     s = defaults(typed.get("dataset", "shapes"), typed.get("algo", "cffm"), recipe) | typed
-    if s.pop("help", False):
+    if show_help:
         parser.set_defaults(**s)
         parser.print_help()
         parser.exit()
@@ -655,8 +665,9 @@ def parse(argv=None):
 
 
 def set_threads(device, saved):
-    """A resumed run has as many threads as before, for the same rounding. A new one has one if that
-    is faster than all: then other work has some of the cores, and threads wait for each other."""
+    """A resumed run has as many threads as before, so that its results are the same bit for bit. A
+    new run has one if that is faster: when other programs use the CPU, threads wait for each other.
+    """
     threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
 
     def seconds(n):
@@ -694,6 +705,11 @@ def main(argv=None):
         raise SystemExit(f"stopped; {go_on}")
     except OSError as reason:
         raise SystemExit(f"train.py: error: {reason}; {go_on}")
+    except Exception:
+        if not run.log:                                 # the folder is free for the next try
+            for name in ("config.json", "checkpoint.pt", "log.csv"):
+                (run.folder / name).unlink()
+        raise
 
 
 if __name__ == "__main__":

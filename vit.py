@@ -1,7 +1,7 @@
 """The networks of the paper, layer by layer: ViT[E H L] (Section 3.4) and MLP[E L] (Section 4).
 
     B  images in a batch            #P  patches of an image, D/#P numbers each
-    E  embedding width              T   tokens: patches, a label's, and after layer 1 a class token
+    E  embedding width              T   tokens: patches, a label's, from layer 1 on a class token
     H  heads, each of width E/H     D   numbers in an image, channels * height * width
     L  layers
 
@@ -167,7 +167,7 @@ class MLP(nn.Module):
         widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(*sizes), nn.ReLU())
                                     for sizes in zip(widths, widths[1:]))
-        if labels:      # PyTorch's U(-1, 1)/sqrt(n) is for inputs of length sqrt(n), these have 1
+        if labels:      # sqrt(n) times PyTorch's range: these n inputs have length 1, not sqrt(n)
             for layer in self.layers:
                 nn.init.uniform_(layer[0].weight, -1, 1)
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
@@ -220,8 +220,7 @@ def build_model(name, image_shape, num_classes, labels=None, **options):
     two classes take them. Raises ValueError for another name, and as they do.
     """
     kind, *sizes = plain_name(name).split("-")
-    known = (kind, len(sizes)) in (("vit", 3), ("mlp", 2))
-    if not known or not all(re.fullmatch(r"[1-9]\d*", size) for size in sizes):
+    if not re.fullmatch(r"vit(-[1-9]\d*){3}|mlp(-[1-9]\d*){2}", plain_name(name)):
         raise ValueError('a model is named "ViT[E H L]" or "vit-E-H-L", "MLP[E L]" or "mlp-E-L"; '
                          f"got {name!r}")
     model = ViT if kind == "vit" else MLP

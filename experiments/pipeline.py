@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 import traceback
-from collections import deque
 from datetime import timedelta
 from pathlib import Path
 from shlex import join
@@ -29,18 +28,8 @@ import train
 from cff import unit
 from eval import print_table
 
-CANNOT = {"bp": "BP's gradients cross all layers", "scl": "SCL's gradients cross all layers",
-          "collab": "each layer's loss of FF Collab needs the goodness of all others"}
-
 
 # ---------------------------------------------------------------------------- a process's layers
-
-def share(L, n, rank):
-    """The layers, a range, of process `rank` of n; ValueError for more processes than layers."""
-    if n > L:
-        raise ValueError(f"{n} processes for {L} layers: each needs at least one")
-    return range(L * rank // n, L * (rank + 1) // n)
-
 
 class Segment:
     """The layers that this process trains; cff_step and ff_step take it for the model.
@@ -49,15 +38,13 @@ class Segment:
     the output of the layer before its own. The output of its last layer is sent on before the loss
     is computed; nothing comes back. While process r works on batch t, process r - 1 works on batch
     t + 1, so N batches take n + N - 1 steps on n processes. A process sends a batch only after the
-    batch before has left, so at most two batches are in between.
-
-    trace: what happened when in an epoch, one dict per event, as in trace.json.
+    batch before has left, so at most two batches are in between. `trace`: the events of an epoch.
     """
 
     def __init__(self, model, image_shape, views):
-        self.rank, L = dist.get_rank(), len(model.layers)
-        mine = share(L, dist.get_world_size(), self.rank)
-        self.place, self.is_last = slice(mine.start, mine.stop), mine.stop == L
+        self.rank, n, L = dist.get_rank(), dist.get_world_size(), len(model.layers)
+        self.is_last = self.rank == n - 1
+        self.place = slice(L * self.rank // n, L * (self.rank + 1) // n)
         self.layers, self.pool, self.labels = model.layers[self.place], model.pool, model.labels
         self.cut_patches, self.num_classes = model.patches, model.num_classes
         self.device = next(model.parameters()).device
@@ -65,14 +52,13 @@ class Segment:
         y = None if model.labels is None else torch.zeros(1, dtype=torch.long, device=self.device)
         with torch.no_grad():                                   # one image, between two layers
             self.shape = model.layers[0](model.patches(image, y)).shape[1:]     # (T, E) or (E,)
-        # one message per forward pass; FF has two passes, with the true and with wrong labels
-        self.messages = views if model.labels is None else 2
+        self.messages = views if model.labels is None else 2    # one per forward pass: FF has two
         if self.rank > 0:
             model.layers = self.layers                          # drops the others
 
     def epoch(self, sizes):
         """Yield the number of each batch, for a step on it; sizes: how many images each has."""
-        self.batch, self.trace, self.coming, self.going = 0, [], deque(), deque()
+        self.batch, self.trace, self.coming, self.going = 0, [], [], []
         self.expected = (size for size in sizes for _ in range(self.messages))
         for _ in range(self.messages):
             self.expect()
@@ -98,7 +84,7 @@ class Segment:
         """The first layer's input: patches in the first process, a message in a later one."""
         if self.rank == 0:
             return self.cut_patches(images, y)
-        start, (request, h) = time.time(), self.coming.popleft()
+        start, (request, h) = time.time(), self.coming.pop(0)
         request.wait()
         self.note("receive", self.batch, start)
         self.expect()
@@ -108,7 +94,7 @@ class Segment:
         """Send h, the last layer's output; wait first if the batch before has not left."""
         start, waited_for = time.time(), None
         if len(self.going) == self.messages:
-            request, _, waited_for = self.going.popleft()
+            request, _, waited_for = self.going.pop(0)
             request.wait()
         self.note("send", waited_for, start)
         h = h.detach().contiguous()                             # kept until it has left
@@ -120,8 +106,7 @@ class Segment:
 
 
 def own_part(run):
-    """This process's part of a run: a copy with its `Segment` for the model, and with the
-    optimizers and margins of its layers."""
+    """A copy of a run with this process's `Segment`, and its layers' optimizers and margins."""
     part = SimpleNamespace(**vars(run))
     part.model = Segment(run.model, run.data["image_shape"], run.settings.views)
     part.optimizers = run.optimizers[part.model.place]
@@ -138,13 +123,6 @@ def connect():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # the others wait while the first validates; torchrun ends the run if one dies
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
-
-
-def leave(status):
-    """End this process at once: threads of gloo can make Python's own end hang or abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def stop(*_):
@@ -195,9 +173,9 @@ def train_epoch(part, batches):
 
 def train_encoder(run):
     """Stage 1 of `train.train` from where `run` stands, by all processes: the first one's part."""
+    told = {name: getattr(run, name) for name in ("settings", "data", "margins", "goodness_loss")}
     states = [optimizer.state_dict() for optimizer in run.optimizers]
-    broadcast((run.settings, run.data, run.train[1], run.margins, run.goodness_loss,
-               run.model.state_dict(), states))
+    broadcast((told, run.train[1], run.model.state_dict(), states))
     part = own_part(run)
     while run.epoch < run.settings.epochs:
         start, batches = time.time(), train.shuffled_batches(run)
@@ -207,7 +185,8 @@ def train_encoder(run):
         for l, (weights, state) in enumerate(layers):
             run.model.layers[l].load_state_dict(weights)
             run.optimizers[l].load_state_dict(state)
-        write_trace(run.folder, [row for each in parts for row in each["trace"]])
+        trace = [row for each in parts for row in each["trace"]]
+        train.write(run.folder / "trace.json", json.dumps(trace, indent=1))
         total = torch.cat([each["total"] for each in parts])                    # (L,)
         n = sum(len(rows) for rows in batches)
         train.end_epoch(run, total / n, train.validate(run), start)
@@ -216,43 +195,26 @@ def train_encoder(run):
 def assist():
     """What a later process does: train its layers, epoch by epoch, as the first process says."""
     connect()
-    told = broadcast()
-    if told is None:                                            # nothing is left of stage 1
+    received = broadcast()
+    if received is None:                                        # nothing is left of stage 1
         return
-    s, data, labels, margins, goodness_loss, weights, states = told
-    device = train.find_device(s.device)
-    model, labels = train.make_model(s, data).to(device), labels.to(device)
-    model.load_state_dict(weights)
-    run = SimpleNamespace(settings=s, data=data, model=model, margins=margins, generator=None,
-                          goodness_loss=goodness_loss, augment=lambda y: y,
-                          train=(labels, labels))               # labels take the images' place
+    told, labels, weights, states = received
+    run = SimpleNamespace(**told, generator=None, augment=lambda y: y)
+    device = train.find_device(run.settings.device)
+    run.train = labels.to(device), labels.to(device)            # labels take the images' place
+    run.model = train.make_model(run.settings, run.data).to(device)
+    run.model.load_state_dict(weights)
     train.begin_stage(run, 1)
     part = own_part(run)
     for optimizer, state in zip(part.optimizers, states[part.model.place]):
         optimizer.load_state_dict(state)
-    del told, weights, states
+    del received, weights, states                               # all layers', not only its own
     while (planned := broadcast()) is not None:
         part.epoch, batches = planned
         train_epoch(part, batches)
 
 
-def write_trace(folder, trace):
-    """Write `Segment.trace` of all processes to trace.json, with seconds from the first event."""
-    first = min(row["start"] for row in trace)
-    for row in trace:
-        row["start"] -= first
-        row["end"] -= first
-    train.write(folder / "trace.json", json.dumps(trace, indent=1))
-
-
 # ----------------------------------------------------------------------------- who waited (Fig. 8)
-
-def read_trace(folder):
-    path = Path(folder) / "trace.json"
-    if not path.exists():
-        raise SystemExit(f"{path} is missing: no pipeline has trained this run")
-    return json.loads(path.read_text())
-
 
 def longest_chain(trace):
     """The most steps that waited for each other: n + N - 1 for N batches on n processes (Sec. 5.1).
@@ -276,24 +238,24 @@ def longest_chain(trace):
 
 
 def show_schedule(folder, batches=8):
-    """Print what each process did in the last epoch that a pipeline trained, and draw its first
-    batches as schedule.png in the folder."""
-    trace = read_trace(folder)
+    """Print who worked and who waited in the last epoch of a pipeline; draw its first batches."""
+    path = Path(folder) / "trace.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: no pipeline has trained this run")
+    trace = json.loads(path.read_text())
     n, N = (1 + max(row[what] for row in trace) for what in ("process", "batch"))
-    total = max(row["end"] for row in trace)
+    total = max(row["end"] for row in trace) - min(row["start"] for row in trace)
     print(f"{folder}: {N} batches on {n} processes: the longest chain of dependent steps has "
           f"{longest_chain(trace)} steps; one process makes {n * N}")
-    rows = [["Process", "worked", "waited for its input", "waited to send", "idle"]]
+    rows = [["Process", "in a step", "of it waiting for input", "of it waiting to send"]]
     for process in range(n):
         spent = {"step": 0, "receive": 0, "send": 0}
         for row in (row for row in trace if row["process"] == process):
             spent[row["event"]] += row["end"] - row["start"]
-        step, receive, send = spent.values()
-        shares = (step - receive - send, receive, send, total - step)
-        rows.append([process + 1, *(f"{seconds / total:.1%}" for seconds in shares)])
+        rows.append([process + 1, *(f"{seconds / total:.1%}" for seconds in spent.values())])
     print_table(rows)
     try:
-        draw_schedule(trace, n, min(batches, N), Path(folder) / "schedule.png")
+        draw_schedule(trace, n, min(batches, N), path.with_name("schedule.png"))
     except ImportError as reason:                               # the numbers stand without it
         print(reason)
 
@@ -302,12 +264,13 @@ def draw_schedule(trace, n, batches, path):
     """Fig. 8: one line per process, one bar per step on the first `batches`, hatched for waits."""
     from figures import COLOURS, make_figure, write_figure      # needs matplotlib
     figure, axis = make_figure(size=(9, 1.5 + 0.5 * n))
-    colours = list(COLOURS.values())[:6]
+    colours, first = list(COLOURS.values())[:6], min(row["start"] for row in trace)
     for row in (row for row in trace if row["batch"] < batches):
-        bar = dict(y=row["process"], left=row["start"], width=row["end"] - row["start"], height=0.8)
+        process, start, end = row["process"], row["start"] - first, row["end"] - first
+        bar = dict(y=process, left=start, width=end - start, height=0.8)
         if row["event"] == "step":
             axis.barh(**bar, color=colours[row["batch"] % 6], edgecolor="white")
-            axis.text(row["end"], row["process"], f"{row['batch'] + 1} ", ha="right", va="center")
+            axis.text(end, process, f"{row['batch'] + 1} ", ha="right", va="center")
         else:                                                   # above the step that it is part of
             axis.barh(**bar, color="white", edgecolor="grey", hatch="////", lw=0, zorder=2)
     axis.set(xlabel="seconds", yticks=range(n), yticklabels=[f"process {i + 1}" for i in range(n)],
@@ -319,19 +282,17 @@ def draw_schedule(trace, n, batches, path):
 # ----------------------------------------------------------------------------------- command line
 
 def start_run(argv):
-    """The run of a command line; ValueError, in one line, for what cannot be piped."""
-    if not dist.is_torchelastic_launched():             # a cluster may set WORLD_SIZE as well
-        raise ValueError("start it by torchrun --nproc-per-node 2 experiments/pipeline.py, with "
-                         "the flags of train.py; or say --schedule runs/NAME")
+    """The run of a command line; ValueError, in one line, for a run that cannot be piped."""
     s, saved = train.parse(argv)
     n, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count() if s.device != "cpu" else 0
-    if s.algo in CANNOT:
-        raise ValueError(f"--algo {s.algo} cannot be piped: {CANNOT[s.algo]}")
+    if s.algo not in ("cff", "cffm", "ff", "symba"):
+        raise ValueError(f"--algo {s.algo} cannot be piped: its losses depend on several layers")
     if 0 < gpus < here:
         raise ValueError(f"{here} processes for {gpus} GPUs: start fewer, or use --device cpu")
     run = train.make_run(s, saved)
-    share(len(run.model.layers), n, rank=0)                     # raises what it would raise later
+    if n > len(run.model.layers):
+        raise ValueError(f"{n} processes for {len(run.model.layers)} layers: start fewer")
     if not saved:
         train.start(run)
     return run
@@ -339,12 +300,10 @@ def start_run(argv):
 
 def lead(run):
     """What the first process does: `train.train`, with stage 1 by all processes."""
-    s = run.settings
-    go_on = "continue with: " + join(["python", "train.py", "--resume", "--out", s.out])
-    print(f"{s.algo} with {s.model} on {s.dataset}, seed {s.seed}, in {s.out}, "
-          f"by {os.environ['WORLD_SIZE']} processes", flush=True)
+    go_on = "continue with: " + join(["python", "train.py", "--resume", "--out", str(run.folder)])
     try:
         connect()
+        print(f"{run.folder}, by {dist.get_world_size()} processes", flush=True)
         if run.stage == 1:
             train_encoder(run)
         broadcast(None)                                         # the others end
@@ -357,12 +316,11 @@ def lead(run):
 
 def main():
     argv, status = sys.argv[1:], 1
-    later = dist.is_torchelastic_launched() and int(os.environ.get("RANK", 0)) > 0
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return train.parse(["--help"])
-    if argv[:1] == ["--schedule"]:
-        return [show_schedule(folder) for folder in argv[1:]]
+    if argv[:1] == ["--schedule"] and len(argv) == 2:
+        return show_schedule(argv[1])
+    if not dist.is_torchelastic_launched() or {"-h", "--help"} & set(argv):
+        raise SystemExit(__doc__)
+    later = int(os.environ["RANK"]) > 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL if later else stop)
     try:
@@ -379,7 +337,8 @@ def main():
         if isinstance(reason, (OSError, ValueError)) and not dist.is_initialized():
             raise SystemExit(f"pipeline.py: error: {reason}")   # of flags, data or the disk
         traceback.print_exc()
-    leave(status)
+    sys.stdout.flush()
+    os._exit(status)                    # threads of gloo can make Python's own end hang or abort
 
 
 if __name__ == "__main__":

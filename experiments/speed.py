@@ -9,12 +9,10 @@ and with BP by DistributedDataParallel. --json FILE keeps the numbers.
 """
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import platform
 import re
-import shlex
 import statistics
 import sys
 import time
@@ -26,42 +24,29 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cff import encode, predict, update
 from eval import print_table
 from losses import ff_loss, margins, symba_loss
-from pipeline import connect, gather, leave, own_part
+from pipeline import connect, gather, own_part
 from train import begin_stage, defaults, find_device, make_augment, make_model, train_on
 from vit import plain_name
 
 METHODS = {"BP": {"algo": "bp"}, "CFF+M, 1 view": {"algo": "cffm", "views": 1},
            "CFF+M, 2 views": {"algo": "cffm", "views": 2}, "FF": {"algo": "ff"},
            "SymBa": {"algo": "symba"}, "FF Collab": {"algo": "collab"}}
-SIZES = {"shapes": ((3, 32, 32), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
-         "cifar100": ((3, 32, 32), 100), "tinyimagenet": ((3, 64, 64), 200)}     # an image, classes
-
-
-def describe(device, **sizes):
-    """What a record begins with: the command, the machine, and the sizes of what was measured."""
-    name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {"command": shlex.join(["python", *sys.argv]), "device": name,
-            "torch": torch.__version__, **sizes}
 
 
 def peak_of(work, device):
-    """Memory in MB that the function `work` needs at its peak, beyond what is in use before; NaN
-    where that cannot be measured."""
+    """Memory in MB at the peak of `work()`, beyond that in use before; NaN where it is unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     if not Path("/proc/self/clear_refs").exists():
-        return math.nan
+        return float("nan")
 
     def status(key):                                            # /proc has it in kB
         return 1024 * int(re.search(key + r":\s*(\d+)", Path("/proc/self/status").read_text())[1])
@@ -72,54 +57,38 @@ def peak_of(work, device):
     return (status("VmHWM") - before) / 1e6
 
 
-def random_run(method, name, dataset, batch_size, device, **changes):
-    """A run, as `train_on` takes it, of the model `name` by one of METHODS, with a batch x, y of
-    random images; each label has two images. changes: other settings."""
-    torch.manual_seed(0)
-    shape, classes = SIZES[dataset]
-    s = defaults(dataset, METHODS[method]["algo"]) | METHODS[method] | {"model": name} | changes
-    s, generator = SimpleNamespace(**s), torch.Generator()
-    data = {"image_shape": shape, "num_classes": classes}
+def random_run(method, name, batch_size, device):
+    """A run for `train_on`, with a batch x, y of random images; each label has two images."""
+    s = defaults("cifar10", METHODS[method]["algo"]) | METHODS[method] | {"model": name}
+    s, data = SimpleNamespace(**s), {"image_shape": (3, 32, 32), "num_classes": 10}
     model = make_model(s, data).to(device)
     run = SimpleNamespace(
-        settings=s, data=data, model=model, generator=generator,
+        settings=s, data=data, model=model, generator=None,
         margins=margins(s.m0, s.mL, len(model.layers), s.decay),
         goodness_loss=symba_loss if s.algo == "symba" else ff_loss,
-        augment=make_augment(s.augment, s.padding, shape[0] * [0.5], shape[0] * [0.25], generator),
-        x=torch.randint(256, (batch_size, *shape), dtype=torch.uint8, device=device),
-        y=torch.arange(batch_size, device=device) % min(classes, batch_size // 2))
+        augment=make_augment(s.augment, s.padding, 3 * [0.5], 3 * [0.25], generator=None),
+        x=torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device),
+        y=torch.arange(batch_size, device=device) % min(10, batch_size // 2))
     begin_stage(run, 1)
     return run
 
 
 def random_step(method, *case):
-    """A function that makes one training step, for the arguments of `random_run`."""
+    """A function that makes one training step; case: name of the model, batch size, device."""
     run = random_run(method, *case)
     return lambda: train_on(run, run.x, run.y)
 
 
-def step_memory(job):
-    """`peak_of` two training steps: activations, gradients and the optimizers' moments."""
-    method, name, dataset, batch_size, device = job
-    random_step(method, name, dataset, 8, device)()             # loads libraries
-    return peak_of(repeat(2, random_step(*job)), device)
-
-
-def measure_memory(jobs):
-    """`step_memory` of each job (method, name, dataset, batch_size, device), each in a new process:
-    {(method, name): MB}."""
+def step_memory(*case):
+    """`peak_of` two steps in a new process: activations, gradients, the optimizers' moments."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"    # there glibc gives freed blocks back
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {job[:2]: MB for job, MB in zip(jobs, pool.map(step_memory, jobs, chunksize=1))}
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(step_memory_here, case)
 
 
-def make_inference(name, dataset, n, device):
-    """Functions that classify n random images."""
-    cffm, ff = (random_run(method, name, dataset, n, device) for method in ("CFF+M, 1 view", "FF"))
-    images = cffm.augment(cffm.x)
-    return {"CFF+M, one pass": lambda: predict(cffm.model, images, "cffm"),
-            "FF, with head": lambda: predict(ff.model, images, "ff", head=True),
-            "FF, a pass for each class": lambda: predict(ff.model, images, "ff")}
+def step_memory_here(method, name, batch_size, device):
+    random_step(method, name, 8, device)()                      # loads libraries
+    return peak_of(repeat(2, random_step(method, name, batch_size, device)), device)
 
 
 def timed(functions, rounds, barrier=lambda: None):
@@ -153,42 +122,42 @@ def summary(times, base):
 
 # ------------------------------------------------------------------- one process (Tables 2 and 6)
 
-def speed(name, batch_size, rounds, dataset="cifar10", depths=(2, 4, 8, 12), n=100):
-    """Measure training steps, inference of n images and memory; the record `show_speed` prints."""
-    device = find_device()
-    case = name, dataset, batch_size, device
-    steps = {method: random_step(method, *case) for method in METHODS}
-    times = timed(steps, rounds)
-    inference = timed(make_inference(name, dataset, n, device), rounds)
-    deep, compared = {L: re.sub(r"\d+$", str(L), name) for L in depths}, ("BP", "CFF+M, 1 view")
-    memory = measure_memory([(method, *case) for method in METHODS] + [
-        (method, model, *case[1:]) for method in compared for model in deep.values()])
-    methods = {method: {**summary(times[method], times["BP"]), "megabytes": memory[method, name]}
-               for method in METHODS}
-    base = inference["CFF+M, one pass"]
-    return {**describe(device, model=name, dataset=dataset, batch_size=batch_size, rounds=rounds),
-            "methods": methods, "images": n,
-            "inference": {way: summary(t, base) for way, t in inference.items()},
-            "megabytes_by_depth": {method: {L: memory[method, model]
-                                            for L, model in deep.items()} for method in compared}}
+def speed(name, batch_size, rounds, device):
+    """Measure training steps, inference of 100 images and memory, for `show_speed`."""
+    case, methods, by_depth = (batch_size, device), {}, {}
+    times = timed({method: random_step(method, name, *case) for method in METHODS}, rounds)
+    for method in METHODS:
+        methods[method] = summary(times[method], times["BP"])
+        methods[method]["megabytes"] = step_memory(method, name, *case)
+    for method in ("BP", "CFF+M, 1 view"):
+        by_depth[method] = {L: step_memory(method, re.sub(r"\d+$", str(L), name), *case)
+                            for L in (2, 4, 8, 12)}
+    cffm, ff = (random_run(method, name, 100, device) for method in ("CFF+M, 1 view", "FF"))
+    images = cffm.augment(cffm.x)
+    times = timed({
+        "CFF+M, one pass": lambda: predict(cffm.model, images, "cffm"),
+        "FF, with head": lambda: predict(ff.model, images, "ff", head=True),
+        "FF, a pass for each class": lambda: predict(ff.model, images, "ff")}, rounds)
+    inference = {way: summary(times[way], times["CFF+M, one pass"]) for way in times}
+    return {"methods": methods, "megabytes_by_depth": by_depth, "inference": inference}
 
 
 def show_speed(record):
     """Print a record of `speed` as Markdown tables."""
-    print("A training step of {model} on images of {dataset}'s size, batch {batch_size}, {device}, "
+    print("A training step of {model} on images of cifar10's size, batch {batch_size}, {device}, "
           "torch {torch};\nmedians of {rounds} rounds:\n".format(**record))
     rows = [["Method", "Seconds (min-max)", "/ BP", "Peak memory, MB", "/ BP"]]
     base = record["methods"]["BP"]["megabytes"]
     for method, row in record["methods"].items():
-        rows.append([method, f"{row['seconds']:.2f} ({row['min']:.2f}-{row['max']:.2f})",
-                     f"{row['ratio']:.2f}", f"{row['megabytes']:.0f}",
-                     f"{row['megabytes'] / base:.2f}"])
+        MB = row["megabytes"]
+        rows.append([method, ranged([row["min"], row["seconds"], row["max"]]),
+                     f"{row['ratio']:.2f}", f"{MB:.0f}", f"{MB / base:.2f}"])
     print_table(rows, markdown=True)
-    print(f"\nInference, {record['images']} images at once:\n")
+    print("\nInference, 100 images at once:\n")
     rows = [["Way", "ms per image (min-max)", "/ CFF+M"]]
     for way, row in record["inference"].items():
-        ms = [1000 * row[key] / record["images"] for key in ("seconds", "min", "max")]
-        rows.append([way, "{:.2f} ({:.2f}-{:.2f})".format(*ms), f"{row['ratio']:.1f}"])
+        ms = [1000 * row[key] / 100 for key in ("min", "seconds", "max")]
+        rows.append([way, ranged(ms), f"{row['ratio']:.1f}"])
     print_table(rows, markdown=True)
     print("\nPeak memory of a step by the number of layers, MB:\n")
     rows = [["Method", *record["megabytes_by_depth"]["BP"]]]
@@ -212,52 +181,45 @@ def piped_steps(method, N, *case):
     return epoch
 
 
-def data_parallel_steps(N, *case):
-    """A function that trains N times by BP, each process on its share of the random batch."""
-    run = random_run("BP", *case)
-    x, y = (part.tensor_split(dist.get_world_size())[dist.get_rank()] for part in (run.x, run.y))
+def data_parallel_steps(N, name, batch_size, device):
+    """A function that trains N times by BP, each process on its share of a batch."""
+    run = random_run("BP", name, batch_size // dist.get_world_size(), device)
     # DistributedDataParallel averages the gradients of one call: encoder and head must be one
     run.model.forward = lambda images: run.model.head(encode(run.model, images)[-1])
-    whole = DistributedDataParallel(run.model)
-    return repeat(N, lambda: update(run.optimizers[0], cross_entropy(whole(run.augment(x)), y)))
+    whole, optimizer = DistributedDataParallel(run.model), run.optimizers[0]
+    return repeat(N, lambda: update(optimizer, cross_entropy(whole(run.augment(run.x)), run.y)))
 
 
-def pipeline_speed(name, batch_size, rounds, N, dataset="cifar10", size=1024):
+def pipeline_speed(name, batch_size, rounds, N, device):
     """Time N batches in the first process alone and in all: by the pipeline, for BP by
-    DistributedDataParallel. Products of matrices of this size, as many in each process, show what
-    this machine can gain. Returns, in the first, the record that `show_pipeline_speed` prints."""
-    device = find_device()
-    n, case = dist.get_world_size(), (name, dataset, batch_size, device)
-    piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", dataset, 8, device)()       # loads libraries
+    DistributedDataParallel. Products of matrices, as many in each process, show what this machine
+    can gain. Returns, in the first process, the numbers for `show_pipeline_speed`."""
+    n, case = dist.get_world_size(), (name, batch_size, device)
+    piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", 8, device)()                # loads libraries
     memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device))
-    matrix = torch.randn(size, size, device=device)
+    matrix = torch.randn(1024, 1024, device=device)
     product = repeat(N, lambda: matrix @ matrix)
     ways = {"Matrix products": (product, product)}              # of one process, of all together
     for method in ("CFF+M, 1 view", "CFF+M, 2 views"):
         ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)
     ways["BP"] = repeat(N, random_step("BP", *case)), data_parallel_steps(N, *case)
-
-    functions = {}
+    functions, methods = {}, {}
     for what, (alone, together) in ways.items():
-        functions[what, 0] = alone if dist.get_rank() == 0 else lambda: torch.zeros(1)
-        functions[what, 1] = together
+        functions[what, "alone"] = alone if dist.get_rank() == 0 else lambda: torch.zeros(1)
+        functions[what, "together"] = together
     times = timed(functions, rounds, dist.barrier)
-    if memory is None:
-        return None
-    methods = {}
     for what in ways:
         work = n if what == "Matrix products" else 1    # of all processes to that of one alone
-        alone, together = times[what, 0], times[what, 1]
+        alone, together = times[what, "alone"], times[what, "together"]
         methods[what] = {"alone": statistics.median(alone), "together": statistics.median(together),
                          "gain": [work * a / b for a, b in zip(alone, together)],
-                         "to_bp": [b / a for a, b in zip(together, times["BP", 1])]}
-    return {**describe(device, model=name, dataset=dataset, batch_size=batch_size, rounds=rounds),
-            "batches": N, "processes": n, "megabytes": memory, "methods": methods}
+                         "to_bp": [b / a for a, b in zip(together, times["BP", "together"])]}
+    return memory and {"processes": n, "megabytes": memory, "methods": methods}
 
 
 def show_pipeline_speed(record):
     """Print a record of `pipeline_speed` as a Markdown table."""
-    print("{batches} batches of {batch_size} random images of {dataset}'s size, {model}, "
+    print("{batches} batches of {batch_size} random images of cifar10's size, {model}, "
           "{processes} processes, {device}, torch {torch};\nmedians of {rounds} rounds "
           "(min-max):\n".format(**record))
     rows = [["What", "One process, s", f"{record['processes']} processes, s", "Gain",
@@ -282,37 +244,31 @@ def ranged(values):
 
 # ----------------------------------------------------------------------------------- command line
 
-def main(argv=None):
-    """The command line; what cannot be measured ends with one line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", type=plain_name, default="vit-128-4-5", help="[vit-128-4-5]")
-    add("--dataset", choices=SIZES, default="cifar10", help="sizes of images, classes [cifar10]")
-    add("--batch-size", type=int, default=512, help="[512]")
-    add("--rounds", type=int, default=5, help="measured rounds, after one to warm up [5]")
-    add("--batches", type=int, default=20, help="with torchrun, of each measurement [20]")
-    add("--json", metavar="FILE", type=os.path.expanduser, help="write the numbers there too")
-    args = parser.parse_args(argv)
-    processes = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 0
-    if min(args.rounds, args.batches) < 1 or args.batch_size < max(2, processes):
-        parser.error("--rounds, --batches: 1 or more; --batch-size: 2 or more, one per process")
-    sizes = args.model, args.batch_size, args.rounds
-    try:
-        random_run("BP", args.model, args.dataset, 2, torch.device("cpu"))
-    except ValueError as reason:                                # of the model's name or sizes
-        parser.error(str(reason))
-    if processes:
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=plain_name, default="vit-128-4-5", help="[vit-128-4-5]")
+    parser.add_argument("--batch-size", type=int, default=512, help="[512]")
+    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up [5]")
+    parser.add_argument("--batches", type=int, default=20, help="per round, with torchrun [20]")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    args, device = parser.parse_args(), find_device()
+    several, sizes = dist.is_torchelastic_launched(), (args.model, args.batch_size, args.rounds)
+    if several:
         connect()
-        record, show = pipeline_speed(*sizes, args.batches, args.dataset), show_pipeline_speed
+        measured, show = pipeline_speed(*sizes, args.batches, device), show_pipeline_speed
     else:
-        record, show = speed(*sizes, args.dataset), show_speed
-    if record:                                                  # only the first process has it
+        measured, show = speed(*sizes, device), show_speed
+    if measured:                                                # only the first process has it
+        chip = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            chip = torch.cuda.get_device_name()
+        record = {"device": chip, "torch": torch.__version__, **vars(args), **measured}
         show(record)
-    if record and args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    if processes:
-        leave(0)
+        if args.json:
+            Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+    if several:                                                 # as pipeline.py ends
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -29,21 +29,16 @@ import speed
 from eval import choosing_losses, epochs_to_convergence, read_groups, show_table, spread, table_row
 
 RECORDS = HERE / "records"
+FOLDERS = sorted(path.parent for path in RECORDS.glob("*/result.json"))
 
 
 def read_json(name):
     return json.loads((RECORDS / name).read_text())
 
 
-def fill(text):
-    """`text` with a number in place of each name in braces; KeyError for an unknown name."""
-    values = values_of_runs() | values_of_speeds() | values_of_the_paper()
-    return re.sub(r"\{(.+?)\}", lambda match: values[match[1]], text)
-
-
 def values_of_runs():
     values = {}
-    for runs in read_groups(sorted(path.parent for path in RECORDS.glob("*/result.json"))):
+    for runs in read_groups(FOLDERS):
         for name, some in [(run.name, [run]) for run in runs] + [(table_row(runs)["Run"], runs)]:
             epochs = [epochs_to_convergence(run.settings, run.log) for run in some]
             values[name] = spread([run.accuracy("test") for run in some])
@@ -86,26 +81,25 @@ def values_of_speeds():
 
 def values_of_the_paper():
     values = {}
-    with open(HERE / "paper.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            words = row["table"], row["model"], row["setting"] or row["augment"], row["method"]
-            if row["quantity"].startswith("accuracy"):      # of two data sets, the first
-                values.setdefault(" ".join(words), row["value"].lstrip("-"))
+    for row in csv.DictReader((HERE / "paper.csv").read_text().splitlines()):
+        words = row["table"], row["model"], row["setting"] or row["augment"], row["method"]
+        if row["quantity"].startswith("accuracy"):          # of two data sets, the first
+            values.setdefault(" ".join(words), row["value"].lstrip("-"))
     return values
 
 
 def main():
-    print(fill((HERE / "tables.md").read_text(encoding="utf-8")))
+    values = values_of_runs() | values_of_speeds() | values_of_the_paper()
+    text = (HERE / "tables.md").read_text(encoding="utf-8")
+    print(re.sub(r"\{(.+?)\}", lambda match: values[match[1]], text))
     speed.show_speed(read_json("speed.json"))
     print()
     speed.show_pipeline_speed(read_json("pipeline-vit-128-4-2.json"))
-    for path in sorted(RECORDS.glob("pipeline-memory-*.json")):
-        print(f"\n{speed.memory_line(json.loads(path.read_text()))}")
+    for n in (1, 2, 4):
+        print(f"\n{speed.memory_line(read_json(f'pipeline-memory-{n}.json'))}")
     print()
-    show_table(read_groups(sorted(path.parent for path in RECORDS.glob("*/result.json"))), True)
+    show_table(read_groups(FOLDERS), markdown=True)
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")            # a terminal may lack ±
     main()

@@ -35,7 +35,9 @@ from vit import plain_name
 
 METHODS = {"BP": {"algo": "bp"}, "CFF+M, 1 view": {"algo": "cffm", "views": 1},
            "CFF+M, 2 views": {"algo": "cffm", "views": 2}, "FF": {"algo": "ff"},
-           "SymBa": {"algo": "symba"}, "FF Collab": {"algo": "collab"}}
+           "SymBa": {"algo": "symba"}, "FF Collab": {"algo": "collab"},
+           "BP, bf16": {"algo": "bp", "precision": "bf16"},
+           "CFF+M, 2 views, bf16": {"algo": "cffm", "views": 2, "precision": "bf16"}}
 
 
 def peak_of(work, device):

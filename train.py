@@ -2,7 +2,6 @@
 
     python train.py                                  ten drawn shapes, nothing to download
     python train.py --dataset cifar10 --algo cffm    the paper's ViT[128 4 5], 600 + 50 epochs
-    python train.py --dataset cifar10 --algo cffm --model vit-64-4-4 --limit 10000 --recipe short
     python train.py --dataset mnist --algo ff
     python train.py --resume --out runs/NAME         continue a run that was stopped
 
@@ -114,7 +113,7 @@ def train(run):
                        "val loss", "probe %", "seconds", "left"])
         while run.epoch < run.epochs:
             start, total, n = time.time(), 0, 0
-            batches = shuffled_batches(run)
+            batches = batches_of(run, labels, shuffled=True)
             for i, rows in enumerate(batches):
                 set_learning_rate(run, i)
                 losses = train_on(run, images[rows], labels[rows])      # (L,), or a scalar
@@ -169,15 +168,11 @@ def set_learning_rate(run, i):
         optimizer.param_groups[0]["lr"] = lr
 
 
-def shuffled_batches(run):
-    """The training batches of an epoch in a new random order, as row numbers, (B,) each."""
-    labels = run.train[1]
-    return batches_of(run, torch.randperm(len(labels), generator=run.generator), labels)
-
-
-def batches_of(run, order, labels):
-    """Rows in this order, in batches. With one view a contrastive loss needs two images of a class:
-    batches without them are left out. Raises ValueError if none is left."""
+def batches_of(run, labels, shuffled):
+    """Row numbers in batches, (B,) each. With one view a contrastive loss needs two images of a
+    class: batches without them are left out. Raises ValueError if none is left."""
+    n = len(labels)
+    order = torch.randperm(n, generator=run.generator) if shuffled else torch.arange(n)
     batches = order.to(labels.device).split(run.settings.batch_size)
     if run.method in ("cff", "cffm", "scl") and run.settings.views == 1:
         batches = [rows for rows in batches if len(labels[rows].unique()) < len(rows)]
@@ -222,7 +217,7 @@ def validate(run):
     """The mean losses on validation images, (L,) or a scalar; the same draws every epoch."""
     (images, labels), total, n = run.val, 0, 0
     run.val_generator.manual_seed(run.settings.seed)
-    for rows in batches_of(run, torch.arange(len(labels)), labels):
+    for rows in batches_of(run, labels, shuffled=False):
         total += len(rows) * losses_on(run, images[rows], labels[rows])
         n += len(rows)
     return total / n
@@ -382,20 +377,19 @@ def draw_some(n, generator):
         x, y = ((axis - 15.5 - room * rand(-1, 1)) / radius for axis in (columns, rows))
         return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
 
-    def paint(image, colour, distance, radius):         # signed distance -> share of a pixel
-        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))
-
     back = rand(0, 0.5, 3)
     image = back.expand(n, 3, 32, 32)
     for _ in range(2):                      # clutter under the shape
         x, y, radius = place(1.5, 4, room=13)
-        image = paint(image, rand(0, 1, 3), bar(x, y, 1, rand(0.2, 1)), radius)
+        colour, distance = rand(0, 1, 3), bar(x, y, 1, rand(0.2, 1))
+        image = image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))   # its share of a pixel
     x, y, radius = place(8, 13, room=3.5)
     distance = torch.empty_like(x)
     for label, outline in enumerate(SHAPES.values()):
         own = slice(label, None, len(SHAPES))
         distance[own] = outline(x[own], y[own])
-    image = paint(image, back + rand(0.3, 0.7, 3), distance, radius)    # brighter than behind it
+    colour = back + rand(0.3, 0.7, 3)       # brighter than behind it
+    image = image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))
     image = image + 0.03 * torch.randn(n, 3, 32, 32, generator=generator)
     return (image.clamp(0, 1) * 255).to(torch.uint8)
 
@@ -541,10 +535,9 @@ def start(run):
     """Take the folder for a new run, so that no other can have it, and write config.json: every
     setting, the data, versions and device. Raises OSError for a folder that holds a run."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    cuda = run.device.type == "cuda"
+    chip = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
     config = {"command": join(["python", *sys.argv]), "settings": vars(run.settings),
-              "data": run.data, "threads": torch.get_num_threads(),
-              "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+              "data": run.data, "threads": torch.get_num_threads(), "device": chip,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "torchvision": torchvision.__version__}}
     with open(run.folder / "config.json", "x") as file:
@@ -676,7 +669,7 @@ def set_threads(device, saved):
 
     if saved and "OMP_NUM_THREADS" not in os.environ:
         threads = min(saved["threads"], os.cpu_count())
-    elif device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
+    if not saved and device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
         print(f"one thread is faster here than {threads}, as on a busy machine: using one")
         threads = 1
     torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """The paper's pictures of margins, runs and their layers, and a picture of augmented images.
 
-    python experiments/figures.py fig4a [M0 ML L]       margins by layer, for each --decay
+    python experiments/figures.py fig4a                 margins by layer, for each --decay
     python experiments/figures.py fig4b RUN...          accuracy by margin
     python experiments/figures.py fig5 RUN              one run, layer by layer
     python experiments/figures.py fig6 RUN...           accuracy by epoch; when methods converge
@@ -51,12 +51,11 @@ def write_figure(figure, path):
 
 # ------------------------------------------------------------------ Figs. 4a and 5, augmented views
 
-def fig4a(m0, mL, L):
+def fig4a(m0=0.4, mL=0.1, L=8):
     """The margins of L layers from m0 to mL, one line for each --decay."""
     figure, axis = make_figure(size=(6, 4))
     for decay in SETTINGS["decay"][1]:
-        if m0 > 0 or decay != "exponential":
-            axis.plot(range(1, L + 1), margins(m0, mL, L, decay), marker="o", label=decay)
+        axis.plot(range(1, L + 1), margins(m0, mL, L, decay), marker="o", label=decay)
     axis.set(xlabel="layer", ylabel="margin (a cosine similarity)", xticks=range(1, L + 1),
              title=f"Margins from {m0} to {mL}")
     axis.legend(title="decay")
@@ -209,8 +208,6 @@ def fig7(runs):
 def place(runs, varied):
     """(what sorts, label) of a group of runs on the axis of the setting `varied`."""
     value, allowed = getattr(runs[0].settings, varied), SETTINGS[varied][1]
-    if varied == "limit":
-        value = runs[0].images[0]                               # the setting is 0 for all images
     if varied == "model":
         return tuple(int(size) for size in re.findall(r"\d+", value)), value
     return allowed.index(value) if isinstance(allowed, list) else value, value
@@ -239,8 +236,6 @@ def main(argv=None):
         command.set_defaults(draw=draw)
         command.add_argument("--out", metavar="FILE", help="the picture")
         add[name] = command.add_argument
-    for name, kind, default in (("m0", float, 0.4), ("mL", float, 0.1), ("L", int, 8)):
-        add["fig4a"](name, nargs="?", type=kind, default=default, help="[%(default)s]")
     for name in ("fig4b", "fig6", "fig7"):
         add[name]("runs", nargs="+", metavar="RUN", help="folders of runs")
     add["fig5"]("run", metavar="RUN", help="a run's folder")

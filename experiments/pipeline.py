@@ -178,7 +178,7 @@ def train_encoder(run):
     broadcast((told, run.train[1], run.model.state_dict(), states))
     part = own_part(run)
     while run.epoch < run.settings.epochs:
-        start, batches = time.time(), train.shuffled_batches(run)
+        start, batches = time.time(), train.batches_of(run, run.train[1], True)
         part.epoch, _ = broadcast((run.epoch, batches))
         parts = train_epoch(part, batches)
         layers = [layer for each in parts for layer in each["layers"]]

@@ -44,7 +44,7 @@ def assert_shows_something(picture):
 
 
 @pytest.mark.parametrize("figure, arguments", [
-    ("fig4a", ["0", "0.1", "5"]), ("fig4b", MARGINS), ("fig6", METHODS), ("fig7", MODELS),
+    ("fig4a", []), ("fig4b", MARGINS), ("fig6", METHODS), ("fig7", MODELS),
     ("views", ["--dataset", "shapes"])])
 def test_pictures_of_settings_and_records(figure, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

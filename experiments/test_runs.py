@@ -281,14 +281,6 @@ def test_flags_win_then_the_data_set_then_the_recipe():
     assert settings_of("--dataset", "cifar10", "--algo", "bp", "--recipe", "short").lr == 0.002
 
 
-def test_a_run_is_named_by_its_flags():
-    def name(*flags):
-        return train.parse(["--dataset", "cifar10", *flags])[0].out
-    flags = ["--model", "ViT[64 4 4]", "--recipe", "short", "--limit", "9", "--seed", "2"]
-    assert name() == "runs/cifar10-cffm-vit-128-4-5-s0"
-    assert name(*flags) == "runs/cifar10-cffm-vit-64-4-4-recipeshort-limit9-s2"
-
-
 # ------------------------------------------------------------------------------------- the data
 
 def test_mnist_is_not_flipped(monkeypatch):

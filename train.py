@@ -540,9 +540,11 @@ def start(run):
               "data": run.data, "threads": torch.get_num_threads(), "device": chip,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "torchvision": torchvision.__version__}}
-    with open(run.folder / "config.json", "x") as file:
-        file.write(json.dumps(config, indent=1) + "\n")
+    if (run.folder / "config.json").exists():
+        raise FileExistsError(f"{run.folder} holds a run by now: name another folder (--out)")
     save(run)
+    with open(run.folder / "config.json", "x") as file:             # "x": only one run can
+        file.write(json.dumps(config, indent=1) + "\n")
 
 
 def save(run):

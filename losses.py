@@ -152,7 +152,7 @@ def saturated(f, y, margin):
 
 # ----------------------------------------------- gradients by hand, case by case (Eqs. 18, A.2-A.7)
 
-def _around(f, y, i, margin, temperature):
+def _terms(f, y, i, margin, temperature):
     """Quantities for anchor i: s_i (2B,), the masks P, N, R, Rc (2B,) and Z_i.
 
     Computed as printed, without logsumexp: exp(1/tau) must be finite, tau > 0.012 in float32.
@@ -174,7 +174,7 @@ def _around(f, y, i, margin, temperature):
 def grad_anchor(f, y, k, margin, temperature):
     """dL_k/df_k (E,), Eq. 18: the gradient of an anchor's own loss; zeros if k has no positive.
     Arguments as `marginal_contrastive_loss`, ValueError for others; k and i are row numbers."""
-    s, P, N, R, Rc, Z = _around(f, y, k, margin, temperature)
+    s, P, N, R, Rc, Z = _terms(f, y, k, margin, temperature)
     if not P.any():
         return torch.zeros_like(f[k])
     # Eq. A.2: 1/tau [ -1/|P(k)| sum_{p in P(k)} dQ_kp/df_k + 1/Z_k (
@@ -188,7 +188,7 @@ def grad_anchor(f, y, k, margin, temperature):
 
 def grad_positive(f, y, i, k, margin, temperature):
     """dL_i/df_k (E,) for k in P(i), Eqs. A.4-A.6; ValueError for other k."""
-    s, P, N, R, Rc, Z = _around(f, y, i, margin, temperature)
+    s, P, N, R, Rc, Z = _terms(f, y, i, margin, temperature)
     if not P[k]:
         raise ValueError(f"row {k} is not a positive of row {i}")
     # Eq. A.4: 1/tau [ -1/|P(i)| + exp(Q_ik/tau) / Z_i ] dQ_ik/df_k
@@ -201,7 +201,7 @@ def grad_positive(f, y, i, k, margin, temperature):
 
 def grad_negative(f, y, i, k, margin, temperature):
     """dL_i/df_k (E,) for k in N(i), Eq. A.7; zeros if P(i) is empty, ValueError for other k."""
-    s, P, N, R, Rc, Z = _around(f, y, i, margin, temperature)
+    s, P, N, R, Rc, Z = _terms(f, y, i, margin, temperature)
     if not N[k]:
         raise ValueError(f"row {k} is not a negative of row {i}")
     if not P.any():

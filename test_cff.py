@@ -53,7 +53,7 @@ def slow_loss(f, y, m, tau):
     return sum(L) / len(L)
 
 
-def close(got, expected, what, tolerance=1e-10):
+def check(got, expected, what, tolerance=1e-10):
     """Assert that two tensors have the same shape and type and, up to `tolerance`, the same
     numbers. The message begins with `what`, the equation, and ends with the largest difference."""
     def kind(tensor):
@@ -85,8 +85,8 @@ def goodness_pair(seed=0, B=6):
 def test_eq1_goodness_is_the_mean_of_squares():
     h = torch.tensor([[1.0, 2.0, -2.0], [0.0, 6.0, 0.0]], requires_grad=True)
     G = losses.goodness(h)
-    close(G, torch.tensor([9 / 3, 36 / 3]), "Eq. 1 / E, the mean of squares of each row", 0)
-    close(gradient(G.sum(), h), 2 * h / 3, "the gradient of Eq. 1 / E", 1e-6)
+    check(G, torch.tensor([9 / 3, 36 / 3]), "Eq. 1 / E, the mean of squares of each row", 0)
+    check(gradient(G.sum(), h), 2 * h / 3, "the gradient of Eq. 1 / E", 1e-6)
 
 
 @pytest.mark.parametrize("threshold", [2.0, 0.5])
@@ -95,9 +95,9 @@ def test_eq2_is_binary_cross_entropy_with_logits(threshold):
     logits, real = torch.cat([g_pos, g_neg]) - threshold, torch.arange(12) < 6
     expected = binary_cross_entropy_with_logits(logits, real.double())
     got = losses.ff_loss(g_pos, g_neg, threshold)
-    close(got, expected, "Eq. 2, log(1 + exp(theta - G^pos)) + log(1 + exp(G^neg - theta)), the "
+    check(got, expected, "Eq. 2, log(1 + exp(theta - G^pos)) + log(1 + exp(G^neg - theta)), the "
           "mean of its 2B terms")
-    close(gradient(got, g_pos), gradient(expected, g_pos), "the gradient of Eq. 2")
+    check(gradient(got, g_pos), gradient(expected, g_pos), "the gradient of Eq. 2")
     assert losses.ff_loss(torch.tensor([-1e4]), torch.tensor([1e4])) == 1e4, \
         "Eq. 2: log(1 + exp(x)) must not overflow (softplus)"
 
@@ -107,7 +107,7 @@ def test_eq7_is_softplus_of_the_difference(alpha):
     g_pos, g_neg = goodness_pair()
     got = losses.symba_loss(g_pos, g_neg, alpha)
     expected = sum(torch.log(1 + torch.exp(-alpha * (p - n))) for p, n in zip(g_pos, g_neg)) / 6
-    close(got, expected, "Eq. 7, the mean over the batch")
+    check(got, expected, "Eq. 7, the mean over the batch")
 
 
 # ----------------------------------------------- Section 3.3: from FF to CFF, Eqs. 5, 6 and 8-12
@@ -118,7 +118,7 @@ def test_eq9_is_eq8_with_the_goodness_of_eq5_and_eq6():
     n = [sets(y, i)[1][0] for i in range(len(y))]
     g_pos, g_neg = (f * f[p]).sum(dim=1), (f * f[n]).sum(dim=1)                     # Eqs. 5, 6
     eq9 = -torch.log(torch.exp(g_pos) / (torch.exp(g_pos) + torch.exp(g_neg)))
-    close(losses.symba_loss(g_pos, g_neg), eq9.mean(), "Eq. 9, and for any goodness Eq. 8")
+    check(losses.symba_loss(g_pos, g_neg), eq9.mean(), "Eq. 9, and for any goodness Eq. 8")
 
 
 def test_eq12_is_eq11_with_the_means_of_eq10_plus_a_constant_if_P_and_N_are_of_one_size():
@@ -128,7 +128,7 @@ def test_eq12_is_eq11_with_the_means_of_eq10_plus_a_constant_if_P_and_N_are_of_o
         P, N = sets(y, i)
         mean_P, mean_N = torch.exp(f[P] @ f[i]).mean(), torch.exp(f[N] @ f[i]).mean()   # Eq. 10
         eq11 -= torch.log(mean_P / (mean_P + mean_N)) / 3
-    close(losses.inner_contrastive_loss(f, y, 1.0), eq11 + math.log(2), "Eq. 12, Eq. 11 + ln |P|")
+    check(losses.inner_contrastive_loss(f, y, 1.0), eq11 + math.log(2), "Eq. 12, Eq. 11 + ln |P|")
 
 
 # ------------------------------------------------------------------ Section 3.1: Eqs. 3 and 12
@@ -150,9 +150,9 @@ def check_loss(loss_function, slow_version, seed, tau, equation, formula):
     f, y = batch(seed)
     f, y[0] = f.requires_grad_(), 99                    # anchor 0 has no positive: not counted
     got, expected = loss_function(f, y, temperature=tau), slow_version(f, y, tau=tau)
-    close(got, expected, f"{equation}, {formula}, A(i) without i itself, the mean over the anchors "
+    check(got, expected, f"{equation}, {formula}, A(i) without i itself, the mean over the anchors "
           "that have a positive")
-    close(gradient(got, f), gradient(expected, f), f"the gradient of {equation} by automatic "
+    check(gradient(got, f), gradient(expected, f), f"the gradient of {equation} by automatic "
           "differentiation, in a batch where one P(i) is empty")
     assert loss_function(f.float(), y, temperature=0.001).isfinite(), \
         f"{equation}: exp(s/tau) must not overflow (logsumexp)"
@@ -194,7 +194,7 @@ def test_eq15_to_eq17_are_a_double_loop(m, seed, tau):
 @TAU
 def test_eq14_margin_zero_is_eq3(tau):
     f, y = batch(0)
-    close(losses.marginal_contrastive_loss(f, y, 0.0, tau), losses.contrastive_loss(f, y, tau),
+    check(losses.marginal_contrastive_loss(f, y, 0.0, tau), losses.contrastive_loss(f, y, tau),
           "Eq. 14, at m = 0 Eq. 17 is Eq. 3")
 
 
@@ -205,14 +205,14 @@ SAME_LOSS = torch.tensor(2 * 5 - 1).double().log()
 
 @TAU
 def test_eq3_of_a_collapsed_layer_is_ln_2B_minus_1(tau):
-    close(losses.contrastive_loss(SAME, SAME_Y, tau), SAME_LOSS,
+    check(losses.contrastive_loss(SAME, SAME_Y, tau), SAME_LOSS,
           "Eq. 3 of identical rows, ln(2B - 1)")
 
 
 @TAU
 @pytest.mark.parametrize("m", [0.0, 0.4, 2.0])
 def test_eq17_of_a_collapsed_layer_is_ln_2B_minus_1(m, tau):
-    close(losses.marginal_contrastive_loss(SAME, SAME_Y, m, tau), SAME_LOSS,
+    check(losses.marginal_contrastive_loss(SAME, SAME_Y, m, tau), SAME_LOSS,
           "Eq. 17 of identical rows, ln(2B - 1)")
 
 
@@ -264,14 +264,14 @@ def test_a1_a2_a3_a4_lead_from_eq17_to_eq18_a5_and_a6(tau):
         factor = {p: float(not R[i, p]) for p in P}     # Eq. A.3: dQ_ip/df_i = factor * f_p
         Z = sum(torch.exp(Q[p] / tau) for p in P) + torch.exp(s[N] / tau).sum()
         L_i = torch.log(Z) - sum(Q[p] for p in P) / len(P) / tau
-        close(L_i, slow_anchor_loss(f, y, i, M, tau), f"Eq. A.1, i = {i}")
+        check(L_i, slow_anchor_loss(f, y, i, M, tau), f"Eq. A.1, i = {i}")
         pull = -sum(factor[p] * f[p] for p in P) / len(P)
         push = sum(torch.exp(Q[p] / tau) * factor[p] * f[p] for p in P)
         push = push + torch.exp(s[N] / tau) @ f[N]
-        close(losses.grad_anchor(f, y, i, M, tau), (pull + push / Z) / tau, f"Eq. A.2, i = {i}")
+        check(losses.grad_anchor(f, y, i, M, tau), (pull + push / Z) / tau, f"Eq. A.2, i = {i}")
         for k in P:                                     # dQ_ik/df_k = factor * f_i
             expected = (-1 / len(P) + torch.exp(Q[k] / tau) / Z) * factor[k] * f[i] / tau
-            close(losses.grad_positive(f, y, i, k, M, tau), expected, f"Eq. A.4, i = {i}, k = {k}")
+            check(losses.grad_positive(f, y, i, k, M, tau), expected, f"Eq. A.4, i = {i}, k = {k}")
 
 
 @TAU
@@ -280,7 +280,7 @@ def test_eq18_gradient_of_the_anchor(tau, seed):
     f, y, _ = mixed_batch(seed)
     for k in range(len(y)):
         if sets(y, k)[0]:
-            close(losses.grad_anchor(f, y, k, M, tau), autograd_row(f, y, k, k, tau),
+            check(losses.grad_anchor(f, y, k, M, tau), autograd_row(f, y, k, k, tau),
                   f"Eq. 18, dL_k/df_k by automatic differentiation, k = {k}")
 
 
@@ -296,7 +296,7 @@ def test_eq18_term_by_term(tau):
     pull = -1 / len(P) * sum((f[j] for j in rc), none)
     push = (sum((torch.exp((f[k] @ f[j] + M) / tau) * f[j] for j in rc), none)
             + sum(torch.exp(f[k] @ f[n] / tau) * f[n] for n in N))
-    close(losses.grad_anchor(f, y, k, M, tau), 1 / tau * (pull + push / Z),
+    check(losses.grad_anchor(f, y, k, M, tau), 1 / tau * (pull + push / Z),
           "Eq. 18, 1/tau [ -1/|P(k)| sum_{r' in Rc(k)} f_r' + (sum_{r' in Rc(k)} "
           "exp((s_kr' + m)/tau) f_r' + sum_{n in N(k)} exp(s_kn/tau) f_n) / Z_k ], "
           f"k = {k}, R = {r}, Rc = {rc}")
@@ -307,7 +307,7 @@ def test_eq18_term_by_term(tau):
 def test_a5_a_saturated_positive_gets_nothing(tau, seed):
     f, y, R = mixed_batch(seed)
     for i, k in R.nonzero().tolist():
-        close(losses.grad_positive(f, y, i, k, M, tau), torch.zeros(3).double(),
+        check(losses.grad_positive(f, y, i, k, M, tau), torch.zeros(3).double(),
               f"Eq. A.5, a saturated pair moves nothing, i = {i}, k = {k}", 0)
 
 
@@ -318,7 +318,7 @@ def test_a6_gradient_of_an_unsaturated_positive(tau, seed):
     for i in range(len(y)):
         for k in sets(y, i)[0]:
             if not R[i, k]:
-                close(losses.grad_positive(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau),
+                check(losses.grad_positive(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau),
                       "Eq. A.6, 1/tau [ -f_i/|P(i)| + exp((s_ik + m)/tau)/Z_i f_i ], "
                       f"i = {i}, k = {k}")
 
@@ -330,21 +330,21 @@ def test_a7_gradient_of_a_negative(tau, seed):
     for i in range(len(y)):
         P, N = sets(y, i)
         for k in N if P else []:                        # L_i is not defined if P(i) is empty
-            close(losses.grad_negative(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau),
+            check(losses.grad_negative(f, y, i, k, M, tau), autograd_row(f, y, i, k, tau),
                   f"Eq. A.7, 1/tau exp(s_ik/tau)/Z_i f_i, i = {i}, k = {k}")
 
 
 def test_eq18_of_an_anchor_without_positives_is_zero():
     f, y = batch(0)
     y[0] = 99
-    close(losses.grad_anchor(f, y, 0, M, 0.15), torch.zeros(3).double(),
+    check(losses.grad_anchor(f, y, 0, M, 0.15), torch.zeros(3).double(),
           "Eq. 18 of an anchor with an empty P(k)", 0)
 
 
 def test_a7_of_an_anchor_without_positives_is_zero():
     f, y = batch(0)
     y[0] = 99
-    close(losses.grad_negative(f, y, 0, 1, M, 0.15), torch.zeros(3).double(),
+    check(losses.grad_negative(f, y, 0, 1, M, 0.15), torch.zeros(3).double(),
           "Eq. A.7 of an anchor with an empty P(i)", 0)
 
 
@@ -356,7 +356,7 @@ def test_whole_gradient_of_the_sum_in_eq16_matches_autograd(tau, seed):
     rows = f.clone().requires_grad_()
     L = [slow_anchor_loss(rows, y, i, M, tau) for i in range(len(y)) if sets(y, i)[0]]
     got = losses.marginal_contrastive_grad(f, y, M, tau)
-    close(got, gradient(sum(L), rows), "(D + D^T) F, the gradient of Eq. 16")
+    check(got, gradient(sum(L), rows), "(D + D^T) F, the gradient of Eq. 16")
     assert losses.marginal_contrastive_grad(f.float(), y, M, 0.001).isfinite().all()
 
 
@@ -387,18 +387,18 @@ def test_exactly_at_the_kink_a_pair_is_unsaturated():
 def test_exactly_at_the_kink_the_gradient_flows():
     f = KINK.clone().requires_grad_()
     got = gradient(losses.marginal_contrastive_loss(f, KINK_Y, 0.5, 1.0), f)
-    close(2 * got, losses.marginal_contrastive_grad(KINK, KINK_Y, 0.5, 1.0), "Eq. 17 at s = 1 - m")
+    check(2 * got, losses.marginal_contrastive_grad(KINK, KINK_Y, 0.5, 1.0), "Eq. 17 at s = 1 - m")
 
 
 def test_eq18_exactly_at_the_kink():
     expected = -KINK[1] + (math.e * KINK[1] + math.exp(-1) * KINK[2]) / KINK_Z
-    close(losses.grad_anchor(KINK, KINK_Y, 0, 0.5, 1.0), expected,
+    check(losses.grad_anchor(KINK, KINK_Y, 0, 0.5, 1.0), expected,
           "Eq. 18 at s = 1 - m, where R is empty")
 
 
 def test_a6_exactly_at_the_kink():
     expected = (-1 + math.e / KINK_Z) * KINK[0]
-    close(losses.grad_positive(KINK, KINK_Y, 0, 1, 0.5, 1.0), expected,
+    check(losses.grad_positive(KINK, KINK_Y, 0, 1, 0.5, 1.0), expected,
           "Eq. A.6 at s = 1 - m, where R is empty")
 
 
@@ -429,7 +429,7 @@ def test_patches_put_back_together_are_the_image():
     patches = vit.patchify(images, 4)
     assert patches.shape == (2, 6, 48), ("patching: 8 x 12 pixels of 3 channels are 6 patches of "
                                          f"48 numbers; got {patches.shape}")
-    close(fold(patches.transpose(1, 2), (8, 12), 4, stride=4), images,
+    check(fold(patches.transpose(1, 2), (8, 12), 4, stride=4), images,
           "patching: patches row by row, each one channel after the other, put back by fold", 0)
 
 
@@ -458,13 +458,13 @@ def test_section_3_4_attention_is_torchs(torchs_layer):
     ours, x = vit.Attention(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.float64)
     load_torchs(ours, torchs_layer.self_attn)
     expected, _ = torchs_layer.self_attn(x, x, x)
-    close(ours(x), expected, "Sec. 3.4, MSA, as torch.nn.MultiheadAttention")
+    check(ours(x), expected, "Sec. 3.4, MSA, as torch.nn.MultiheadAttention")
 
 
 def test_section_3_4_encoder_layer_is_torchs(torchs_layer):
     ours, x = vit.EncoderLayer(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.float64)
     load_torchs(ours, torchs_layer)
-    close(ours(x), torchs_layer(x), "Sec. 3.4, z = MSA(LN(x)) + x, f = MLP(LN(z)) + z, as "
+    check(ours(x), torchs_layer(x), "Sec. 3.4, z = MSA(LN(x)) + x, f = MLP(LN(z)) + z, as "
           "torch.nn.TransformerEncoderLayer")
 
 
@@ -480,7 +480,7 @@ def test_fig3_projection_and_position_belong_to_layer_1():
     x = model.patches(torch.randn(2, 3, 8, 8))
     embedding, encoder = model.layers[0]
     z = torch.relu(x @ embedding.projection.weight.T + embedding.projection.bias)
-    close(model.layers[0](x), encoder(z + embedding.position),
+    check(model.layers[0](x), encoder(z + embedding.position),
           "f_1 = encoder_layer_1(MLP_proj(x) + E_pos)", 1e-6)
     assert [len(list(layer.parameters())) for layer in model.layers] == [15, 12, 12]
 
@@ -508,7 +508,7 @@ def test_fig2b_one_hot_replaces_the_first_pixels_of_an_mlps_input():
     expected = x.flatten(1).clone()
     expected[:, :3] = torch.tensor([[0, 0, 4.0], [4, 0, 0], [0, 0, 0]])         # sqrt(48 / 3) = 4
     expected = expected / expected.norm(dim=1, keepdim=True)
-    close(model.patches(x, y), expected, "Fig. 2b", 1e-6)
+    check(model.patches(x, y), expected, "Fig. 2b", 1e-6)
 
 
 def test_fig2c_eq4_a_random_vector_follows_the_pixels():
@@ -517,8 +517,8 @@ def test_fig2c_eq4_a_random_vector_follows_the_pixels():
     vectors = torch.stack([model.labels[2], model.labels[0], torch.zeros(16)])
     expected = torch.cat([x.flatten(1), vectors], dim=1)
     expected = expected / expected.norm(dim=1, keepdim=True)
-    close(model.patches(x, y), expected, "Fig. 2c, [x_i; s_i] of Eq. 4", 1e-6)
-    close(model.labels[:3].norm(dim=1), torch.full((3,), (16 / 3) ** 0.5), "sqrt(D/classes)", 1e-6)
+    check(model.patches(x, y), expected, "Fig. 2c, [x_i; s_i] of Eq. 4", 1e-6)
+    check(model.labels[:3].norm(dim=1), torch.full((3,), (16 / 3) ** 0.5), "sqrt(D/classes)", 1e-6)
 
 
 @pytest.mark.parametrize("name, labels", [("vit-8-2-2", "patch"), ("mlp-8-2", "random"),
@@ -561,7 +561,7 @@ def same(a, b):
 
 def close_weights(model, twin, what):
     for name, value in model.state_dict().items():
-        close(value, twin.state_dict()[name], f"the weights {name} {what}", 1e-8)
+        check(value, twin.state_dict()[name], f"the weights {name} {what}", 1e-8)
 
 
 def pooled(f):
@@ -604,7 +604,7 @@ def check_local(train_step, model, optimizers, algorithm):
 def test_eq13_is_the_mean_of_the_patches():
     model, _, x, _, _ = small_case()
     f1 = model.layers[0](model.patches(x))                          # (B, #P, E)
-    close(model.pool(f1), sum(f1[:, j] for j in range(4)) / 4, "Eq. 13, the mean of #P = 4")
+    check(model.pool(f1), sum(f1[:, j] for j in range(4)) / 4, "Eq. 13, the mean of #P = 4")
 
 
 @pytest.mark.parametrize("name", ["vit-8-2-3", "mlp-8-3"])
@@ -627,7 +627,7 @@ def test_algorithm1_left_line_by_line(views, name):
             inputs = [output.detach() for output in outputs]        # from before the update
             expected.append(loss.detach())
         assert got.shape == (3,) and not got.requires_grad, "Algorithm 1: L losses, no graph"
-        close(got, torch.stack(expected),
+        check(got, torch.stack(expected),
               f"Algorithm 1, {name}, the losses of the layers in step {step}")
         close_weights(model, twin, f"after step {step} of Algorithm 1, {name}")
 
@@ -658,9 +658,9 @@ def test_prediction_is_one_pass_and_stage_2_of_fig3_trains_only_the_head(small):
     layers, head = weights(model.layers), weights(model.head)
     scores = model.head(whole_encoder(model, x + 1))
     inputs = inputs_of(model.layers[0])
-    close(cff.predict(model, x + 1, "cff"), scores, "scores of the head")
+    check(cff.predict(model, x + 1, "cff"), scores, "scores of the head")
     got = cff.head_step(model, optimizer, x, y, lambda x: x + 1)
-    close(got, cross_entropy(scores, y).detach(), "their cross-entropy, with one augmented view")
+    check(got, cross_entropy(scores, y).detach(), "their cross-entropy, with one augmented view")
     assert len(inputs) == 2, "one forward pass each"
     assert same(layers, weights(model.layers)) and not same(head, weights(model.head))
 
@@ -683,7 +683,7 @@ def test_fig1_bp_and_scl_backpropagate_through_all_layers(small, method):
         twin_optimizer.zero_grad()
         loss.backward()
         twin_optimizer.step()
-        close(got, loss.detach(), "the loss")
+        check(got, loss.detach(), "the loss")
         close_weights(model, twin, "after a step of SGD")
 
 
@@ -759,7 +759,7 @@ def test_algorithm1_right_line_by_line(labelled, method):
             x2 = torch.stack([f / (f ** 2).sum().sqrt() for f in f2]).detach()
             expected.append(loss.detach())
         assert got.shape == (3,) and not got.requires_grad, "Algorithm 1, right: L losses, no graph"
-        close(got, torch.stack(expected),
+        check(got, torch.stack(expected),
               f"Algorithm 1, right: the losses of the layers, {method}, step {draw}")
         close_weights(model, twin, f"after step {draw} of Algorithm 1, right: {method}")
 
@@ -776,7 +776,7 @@ def test_prediction_by_goodness_takes_one_pass_per_class(labelled):
     G = [goodness_by_hand(model, x, torch.full((6,), c)).sum(dim=0) for c in range(3)]
     inputs = inputs_of(model.layers[0])
     for algo in ("ff", "symba", "collab"):
-        close(cff.predict(model, x, algo), torch.stack(G, dim=1), "column c: goodness with label c")
+        check(cff.predict(model, x, algo), torch.stack(G, dim=1), "column c: goodness with label c")
     assert sum(len(rows) for rows in inputs) == 3 * 3 * 6, "3 methods, 3 classes, 6 images"
     with pytest.raises(ValueError, match="built without labels"):
         cff.predict(model, x, "cff")
@@ -785,7 +785,7 @@ def test_prediction_by_goodness_takes_one_pass_per_class(labelled):
 def test_table2_head_reads_all_layers_except_the_first_with_the_neutral_label(labelled):
     model, _, x, y, _ = labelled
     f = torch.cat(outputs_by_hand(model, x, torch.full((6,), -1))[1:], dim=1)
-    close(cff.predict(model, x, "ff", head=True), model.head(f), "scores of the head")
+    check(cff.predict(model, x, "ff", head=True), model.head(f), "scores of the head")
 
 
 # ------------------------------------------------ Section 4: the settings of the tables, the data
@@ -830,9 +830,9 @@ def test_train_on_and_validate_have_the_losses_of_the_method(monkeypatch, method
         "head": lambda: cff.head_step(twin, optimizers[0], *images)}
     g.manual_seed(run.settings.seed)                    # the draws of train.validate
     expected = steps[method.split()[0]]()
-    close(without_training, expected, "train.validate", 1e-6)
+    check(without_training, expected, "train.validate", 1e-6)
     g.manual_seed(run.settings.seed)
-    close(train.train_on(run, *run.val), expected, "train.train_on", 1e-6)
+    check(train.train_on(run, *run.val), expected, "train.train_on", 1e-6)
     assert not same(before, weights(run.model))
 
 

@@ -20,7 +20,7 @@ import cff
 import losses
 import pooled
 import vit
-from test_cff import close, inputs_of, slow_loss, small_case
+from test_cff import check, inputs_of, slow_loss, small_case
 
 
 FOUR = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
@@ -29,21 +29,21 @@ e = math.exp
 
 
 def four(text, *numbers):
-    """(expected, what `close` says) of the worked example: m = 0.4, tau = 1, as in the README."""
+    """(expected, what `check` says) of the worked example: m = 0.4, tau = 1, as in the README."""
     expected = torch.tensor(numbers if len(numbers) > 1 else numbers[0], dtype=torch.float64)
     return expected, f"four vectors, {text}"
 
 
 def test_worked_example_of_goodness():
     h = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
-    close(losses.goodness(h), torch.tensor([6.25]), "Eq. 1 / E of [3, 4, 0, 0]", 1e-6)
+    check(losses.goodness(h), torch.tensor([6.25]), "Eq. 1 / E of [3, 4, 0, 0]", 1e-6)
     got = losses.ff_loss(torch.tensor([2.0]), torch.tensor([2.0]), 2.0)
-    close(got, torch.tensor(math.log(2)), "Eq. 2 at G^pos = G^neg = theta, ln 2", 1e-6)
+    check(got, torch.tensor(math.log(2)), "Eq. 2 at G^pos = G^neg = theta, ln 2", 1e-6)
 
 
 def test_eq3_of_two_equal_rows_is_zero():
     f = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    close(losses.contrastive_loss(f, torch.tensor([7, 7]), 1.0), torch.tensor(0.0),
+    check(losses.contrastive_loss(f, torch.tensor([7, 7]), 1.0), torch.tensor(0.0),
           "Eq. 3 of two equal rows of one class, -ln(e / e): A(i) is every row but row i itself",
           1e-6)
 
@@ -52,7 +52,7 @@ def test_worked_example_of_eq3():
     Z = [e(0.8) + 1 + e(-1), e(0.8) + e(0.6) + e(-0.8), 1 + 1 + e(0.6), 1 + e(-1) + e(-0.8)]
     L = [math.log(Z[0]) - 0.8, math.log(Z[1]) - 0.8, math.log(Z[2]), math.log(Z[3])]
     got = losses.contrastive_loss(FOUR, TWO, 1.0)
-    close(got, *four("Eq. 3, the mean of ln Z_i - s_ip", sum(L) / 4))
+    check(got, *four("Eq. 3, the mean of ln Z_i - s_ip", sum(L) / 4))
 
 
 def test_worked_example_of_eq12():
@@ -61,7 +61,7 @@ def test_worked_example_of_eq12():
     pairs = [(e(0.8), 1), (e(0.8), e(0.6)), (1, e(0.6))]
     L = [-math.log((a + b) / 2 / z) for (a, b), z in zip(pairs, Z)]
     got = losses.inner_contrastive_loss(FOUR, y, 1.0)
-    close(got, *four("Eq. 12 with y = [0, 0, 0, 1]", sum(L) / 3))
+    check(got, *four("Eq. 12 with y = [0, 0, 0, 1]", sum(L) / 3))
 
 
 def test_worked_example_of_the_margin():
@@ -71,25 +71,25 @@ def test_worked_example_of_the_margin():
     Z = [e(1) + 1 + e(-1), e(1) + e(0.6) + e(-0.8), e(0.4) + 1 + e(0.6), e(0.4) + e(-1) + e(-0.8)]
     L = [math.log(Z[0]) - 1, math.log(Z[1]) - 1, math.log(Z[2]) - 0.4, math.log(Z[3]) - 0.4]
     got = losses.marginal_contrastive_loss(FOUR, TWO, 0.4, 1.0)
-    close(got, *four("Eq. 17, the mean of ln Z_i - Q_ip, Q = 1, 1, 0.4, 0.4", sum(L) / 4))
+    check(got, *four("Eq. 17, the mean of ln Z_i - Q_ip, Q = 1, 1, 0.4, 0.4", sum(L) / 4))
 
 
 def test_worked_example_of_eq18():
     Z0, Z2 = e(1) + 1 + e(-1), e(0.4) + 1 + e(0.6)
-    close(losses.grad_anchor(FOUR, TWO, 0, 0.4, 1.0),
+    check(losses.grad_anchor(FOUR, TWO, 0, 0.4, 1.0),
           *four("Eq. 18, k = 0: Rc is empty, (e^0 f_2 + e^-1 f_3) / Z_0", -e(-1) / Z0, 1 / Z0))
     expected = 1 + (-e(0.4) + 1 + 0.8 * e(0.6)) / Z2, 0.6 * e(0.6) / Z2
-    close(losses.grad_anchor(FOUR, TWO, 2, 0.4, 1.0),
+    check(losses.grad_anchor(FOUR, TWO, 2, 0.4, 1.0),
           *four("Eq. 18, k = 2: -f_3 + (e^0.4 f_3 + e^0 f_0 + e^0.6 f_1) / Z_2", *expected))
 
 
 def test_worked_example_of_a5_a6_a7():
     Z0, Z2 = e(1) + 1 + e(-1), e(0.4) + 1 + e(0.6)
-    close(losses.grad_positive(FOUR, TWO, 0, 1, 0.4, 1.0),
+    check(losses.grad_positive(FOUR, TWO, 0, 1, 0.4, 1.0),
           *four("Eq. A.5, i = 0, k = 1 in R(0): nothing", 0.0, 0.0))
-    close(losses.grad_positive(FOUR, TWO, 2, 3, 0.4, 1.0),
+    check(losses.grad_positive(FOUR, TWO, 2, 3, 0.4, 1.0),
           *four("Eq. A.6, i = 2, k = 3: (-1 + e^0.4 / Z_2) f_2", 0.0, e(0.4) / Z2 - 1))
-    close(losses.grad_negative(FOUR, TWO, 0, 2, 0.4, 1.0),
+    check(losses.grad_negative(FOUR, TWO, 0, 2, 0.4, 1.0),
           *four("Eq. A.7, i = 0, k = 2: e^0 / Z_0 f_0", 1 / Z0, 0.0))
 
 
@@ -100,7 +100,7 @@ def test_algorithm1_on_an_mlp_of_one_layer():
     f = model.layers[0](x.flatten(1))
     expected = slow_loss(f / f.norm(dim=1, keepdim=True), y, 0.4, 0.3).detach()[None]
     got = cff.cff_step(model, optimizers, x, y, lambda x: x, [0.4], 0.3, views=1)
-    close(got, expected, "Algorithm 1, views=1, an MLP of one layer, no augmentation: the loss of "
+    check(got, expected, "Algorithm 1, views=1, an MLP of one layer, no augmentation: the loss of "
           "f/norm2(f), each row of f divided by its own length")
 
 
@@ -110,7 +110,7 @@ def test_algorithm1_clears_old_gradients():
     optimizers[0].step = lambda: seen.append(weight.grad.clone())       # the weights stay
     for _ in range(2):
         cff.cff_step(model, optimizers, x, y, lambda x: x, [0.4], 0.3)
-    close(seen[1], seen[0], "Algorithm 1, the gradient of the same batch and weights a second "
+    check(seen[1], seen[0], "Algorithm 1, the gradient of the same batch and weights a second "
           "time: without zero_grad() the old gradient is added to it")
 
 
@@ -121,7 +121,7 @@ def test_algorithm1_right_between_two_layers():
     assert len(views) == 1, ("Algorithm 1, right: the true and the wrong labels go with the same "
                              f"view, so augment is called once in a step; got {len(views)} calls")
     lengths = torch.cat(inputs).flatten(1).norm(dim=1)
-    close(lengths, torch.ones_like(lengths), "Algorithm 1, right: the length of what layer 2 gets "
+    check(lengths, torch.ones_like(lengths), "Algorithm 1, right: the length of what layer 2 gets "
           "of an image, f/norm2(f), where norm2 is the norm over all tokens together")
 
 
@@ -174,7 +174,7 @@ def test_pooled_output_part_by_part(part, words):
     if part == "eps":
         x = 1e-3 * x
     expected = layer(x).mean(dim=1)
-    close(pooled.pooled_output(parts, x), expected, f"Sec. 3.4, {words}", 1e-8)
+    check(pooled.pooled_output(parts, x), expected, f"Sec. 3.4, {words}", 1e-8)
 
 
 def test_pooled_output_gives_each_parameter_its_gradient():
@@ -186,7 +186,7 @@ def test_pooled_output_gives_each_parameter_its_gradient():
     (pooled.pooled_output(parts, x) * weights).sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None, f"Sec. 3.4: {name} has no gradient"
-        close(p.grad, expected[name], f"Sec. 3.4, the gradient of {name}")
+        check(p.grad, expected[name], f"Sec. 3.4, the gradient of {name}")
 
 
 def test_pooled_output_takes_fewer_products():

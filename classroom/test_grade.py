@@ -77,7 +77,7 @@ MISTAKES = [    # (functions, a piece of their source, what students write in it
     ("grad_positive", "s[k] + margin", "s[k]"),
     ("grad_positive grad_negative", "* f[i] / temperature", "* f[k] / temperature", "* f[i]"),
     ("grad_positive grad_negative", "/ Z",                              # Z_k
-     "/ _around(f, y, k, margin, temperature)[-1]"),
+     "/ _terms(f, y, k, margin, temperature)[-1]"),
     ("grad_negative", "torch.exp(s[k] / temperature)",
      "torch.exp((s[k] + margin) / temperature)"),
     ("cff_step", "x1 = f1.detach()\n        x2 = f2.detach()", "x1, x2 = f1, f2",

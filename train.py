@@ -19,7 +19,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from shlex import join
+from subprocess import list2cmdline       # quotes names so that every system's shell reads them
 from timeit import timeit
 from traceback import extract_tb
 from types import SimpleNamespace
@@ -293,8 +293,8 @@ def probe(f, y, test_f, test_y, num_classes):
 
 
 def accuracy(model, images, y, normalise, s):
-    """Top-1, top-5 and top-10 accuracy in % on uint8 images, {1: ..., 5: ..., 10: ...}; without
-    those of more classes than there are."""
+    """Top-1, top-5 and top-10 accuracy in % on uint8 images, as far as there are so many classes:
+    {1: ..., 5: ..., 10: ...}."""
     scores = [predict(model, normalise(x), s.algo, s.head) for x in images.split(500)]
     tops = [k for k in (1, 5, 10) if k <= model.num_classes]
     right = torch.cat(scores).topk(tops[-1]).indices == y[:, None]          # (n, k), best first
@@ -501,12 +501,10 @@ def make_run(s, saved=None):
 
 def find_device(name="auto"):
     """The device of --device; ValueError if it is not there."""
-    there = torch.accelerator.is_available()
-    found = torch.accelerator.current_accelerator().type if there else "cpu"
-    if name not in ("auto", "cpu", found):
-        raise ValueError(f"--device {name}: torch finds no such device here")
     if name == "auto":
-        name = "cpu" if found == "mps" else found
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.get_device_module(name).is_available():
+        raise ValueError(f"--device {name}: torch finds no such device here")
     return torch.device(name)
 
 
@@ -532,19 +530,20 @@ def in_bf16(forward, x):
 
 
 def start(run):
-    """Take the folder for a new run, so that no other can have it, and write config.json: every
-    setting, the data, versions and device. Raises OSError for a folder that holds a run."""
+    """Take an empty or new folder for the run, so that no other run can have it. config.json gets
+    every setting, the data, versions and the device. Raises OSError for a folder with files."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    if any(run.folder.iterdir()):
+        raise FileExistsError(f"{run.folder} holds files: continue its run (--resume) or name "
+                              "another folder (--out)")
     chip = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-    config = {"command": join(["python", *sys.argv]), "settings": vars(run.settings),
+    config = {"command": list2cmdline(["python", *sys.argv]), "settings": vars(run.settings),
               "data": run.data, "threads": torch.get_num_threads(), "device": chip,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "torchvision": torchvision.__version__}}
-    if (run.folder / "config.json").exists():
-        raise FileExistsError(f"{run.folder} holds a run by now: name another folder (--out)")
-    save(run)
     with open(run.folder / "config.json", "x") as file:             # "x": only one run can
         file.write(json.dumps(config, indent=1) + "\n")
+    save(run)
 
 
 def save(run):
@@ -572,7 +571,7 @@ def test(run):
                "seconds": round(sum(row["seconds"] for row in run.log), 1)}
     write(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
     tops = [f"{name[5:]} {value} %" for name, value in result.items() if name.startswith("test_")]
-    print(f"test accuracy: {', '.join(tops)}; more: {join(['python', 'eval.py', s.out])}")
+    print(f"test accuracy: {', '.join(tops)}; more: {list2cmdline(['python', 'eval.py', s.out])}")
     return result
 
 
@@ -588,6 +587,7 @@ def write(path, content):
     """Replace the file `path`, never half-written, by text or what torch can save. OSError if the
     disk is full, where torch.save to a file has other errors."""
     data, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         data.write(content.encode())
     else:
@@ -614,7 +614,7 @@ def parse(argv=None):
     """(settings, None), or with --resume (settings, checkpoint); nonsense ends with status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [--FLAG VALUE ...]; --help lists the flags",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
     types = {"model": plain_name, "out": os.path.expanduser, "data_dir": os.path.expanduser}
     for name, (default, allowed, meaning) in SETTINGS.items():
@@ -622,10 +622,9 @@ def parse(argv=None):
             type=types.get(name, type(default)), choices=allowed if type(allowed) is list else None)
         parser.add_argument("--" + name.replace("_", "-"), help=meaning + " [%(default)s]", **kind)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("-h", "--help", action="store_true", help="these flags; defaults in [...]")
-    typed = vars(parser.parse_args(argv))
-    show_help = typed.pop("help", False)
-    if typed.pop("resume", False) and not show_help:
+    argv = sys.argv[1:] if argv is None else argv
+    typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")]))
+    if typed.pop("resume", False):
         try:
             saved = read(Path(typed.get("out", "")) / "checkpoint.pt")
             s = DEFAULTS | saved["settings"]
@@ -639,10 +638,8 @@ def parse(argv=None):
     if typed.get("dataset") == "mnist" and typed.get("model", "mlp").startswith("vit"):
         recipe = recipe or "none"                       # MNIST's own recipe is for MLPs
     s = defaults(typed.get("dataset", "shapes"), typed.get("algo", "cffm"), recipe) | typed
-    if show_help:
-        parser.set_defaults(**s)
-        parser.print_help()
-        parser.exit()
+    parser.set_defaults(**s)
+    parser.parse_args(argv)                             # --help ends here, with these defaults
     for name, (_, allowed, _) in SETTINGS.items():
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
@@ -654,8 +651,6 @@ def parse(argv=None):
         known = ("dataset", "algo", "model", "seed", "data_dir", "device", "out")
         others = [name.replace("_", "") + str(typed[name]) for name in typed if name not in known]
         s["out"] = "runs/" + "-".join([*(s[name] for name in known[:3]), *others, f"s{s['seed']}"])
-    if (Path(s["out"]) / "config.json").exists():
-        parser.error(f"{s['out']} holds a run: continue it (--resume) or name another (--out)")
     return SimpleNamespace(**s), None
 
 
@@ -686,20 +681,16 @@ def main(argv=None):
         set_threads(run.device, saved)
         if not saved:
             start(run)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped")
     except (OSError, ValueError) as reason:             # with its place: it may be a mistake
         place = extract_tb(reason.__traceback__)[-1]
         raise SystemExit(f"{Path(place.filename).name}, line {place.lineno}: error: {reason}")
     print(f"{s.algo} with {s.model} on {s.dataset}, seed {s.seed}, in {s.out}; "
           f"threads: {torch.get_num_threads()}", flush=True)
-    go_on = "continue with: " + join(["python", "train.py", "--resume", "--out", s.out])
     try:
         return train(run)
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; {go_on}")
-    except OSError as reason:
-        raise SystemExit(f"train.py: error: {reason}; {go_on}")
+    except (KeyboardInterrupt, OSError) as reason:      # Ctrl-C has no words; a full disk has
+        command = list2cmdline(["python", "train.py", "--resume", "--out", s.out])
+        raise SystemExit(f"{str(reason) or 'stopped'}; continue with: {command}")
     except Exception:
         if not run.log:                                 # the folder is free for the next try
             for name in ("config.json", "checkpoint.pt", "log.csv"):

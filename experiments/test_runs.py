@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cff
+import eval as evaluation
 import train
 
 TINY = ["--device", "cpu", "--model", "vit-16-2-2", "--limit", "225", "--epochs", "1",
@@ -175,7 +178,7 @@ def test_resume_after_ctrl_c_is_bit_for_bit(tmp_path, where, stage, epoch, flags
     whole, out = tmp_path / "whole", tmp_path / "a b"
     run_main(*SMALL, *flags, "--out", whole)
     said = run_until(where, stage, epoch, *SMALL, *flags, "--out", out)
-    assert said == f"stopped; continue with: python train.py --resume --out '{out}'"
+    assert said == f'stopped; continue with: python train.py --resume --out "{out}"'
     run_main("--resume", "--out", out)
     assert_same_runs(whole, out)
 
@@ -237,18 +240,33 @@ def test_a_mistake_in_the_code_shows_where_it_is(tmp_path, monkeypatch):
     assert error.traceback[-1].name == "mistake", "not hidden behind one line"
 
 
+def test_training_works_as_a_library_in_a_thread_without_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)                        # as in pythonw, or with >&-
+    with ThreadPoolExecutor() as threads:
+        threads.submit(train.train, make_run(*TINY, out=tmp_path / "new")).result()
+        threads.submit(run_main, *TINY, "--out", tmp_path / "another").result()
+    assert_same_runs(tmp_path / "new", tmp_path / "another")
+
+
 def test_a_folder_is_for_one_run_with_its_settings_and_data(tmp_path, capsys, monkeypatch):
+    theirs = tmp_path / "theirs" / "checkpoint.pt"                  # another program's
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    for flags, words in ((TINY, "holds files"), (["--resume"], "no run to resume")):
+        with pytest.raises(SystemExit) as ended:
+            run_main(*flags, "--out", theirs.parent)
+        assert words in f"{ended.value.code} {capsys.readouterr().err}"
+    assert theirs.read_text() == "theirs"
+    tmp_path = tmp_path / "run"
     first, second = (make_run(*TINY, out=tmp_path) for _ in range(2))       # started together
     train.start(first)
     with pytest.raises(FileExistsError):
         train.start(second)
     resume = ["--resume", "--out", str(tmp_path)]
     assert train.parse([*resume, "--data-dir", "x"])[0].data_dir == "x"
-    for flags, words in (([*resume, "--lr", "0.1"], "lr cannot change"),
-                         (resume[1:], "holds a run: continue it")):
-        with pytest.raises(SystemExit):
-            train.parse(flags)
-        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.parse([*resume, "--lr", "0.1"])
+    assert "lr cannot change" in capsys.readouterr().err
     fewer = [part[:-10] for part in train.load_data("shapes", "")]
     monkeypatch.setattr(train, "load_data", lambda *where: fewer)
     with pytest.raises(SystemExit, match="the run began with"):
@@ -257,11 +275,30 @@ def test_a_folder_is_for_one_run_with_its_settings_and_data(tmp_path, capsys, mo
 
 # ------------------------------------------------------------------------- what a user may type
 
+def test_eval_counts_a_run_once_and_skips_what_it_cannot_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m[1]", "m1", "empty", "excel", "old"):
+        shutil.copytree(ROOT / "experiments" / "records" / "shapes-bp", name)
+    log = Path("m1", "log.csv").read_text()
+    Path("m[1]", "log.csv").write_text(log, encoding="utf-8-sig")           # saved by Excel
+    Path("excel", "log.csv").write_text(log.replace(",", ";"))
+    Path("empty", "result.json").write_text("{}")
+    Path("old", "config.json").write_text('{"settings": {"algo": "older"}, "data": {}}')
+    folders = evaluation.find_folders(["m[1]", "m[1]/", tmp_path / "m[1]", "e*", "old", "none"])
+    groups = evaluation.read_groups(folders)
+    assert [[record.name for record in records] for records in groups] == [["m[1]"]]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == ["empty:", "excel:", "old:", "none:"]
+    evaluation.read_groups(evaluation.find_folders(["m[1]", "m1"]))
+    assert "equal settings and seed: m[1] and m1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--model", "vit-16-3-2"], "heads do not divide"), (["--patch-size", "5"], "do not divide"),
     (["--model", "resnet"], "a model is named"), (["--limit", "100000"], "there are 9000 training"),
     (["--dataset", "cifar11"], "invalid choice"), (["--m0", "3"], "m0 must lie in 0..2"),
     (["--lr", "nan"], "lr must lie in"), (["--limit", "8"], "are left"),
+    (["--temperature", "inf"], "temperature must lie"), (["--seed", "9" * 20], "seed must lie"),
     (["--resume"], "no run to resume"), (["--batch", "64"], "unrecognized"),
     (["--decay", "exponential", "--m0", "0"], "needs m0 > 0"),
     (["--algo", "bp", "--head"], "--head is for ff"), (["--recipe", "mlp"], "not for vit-64-4-3"),

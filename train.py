@@ -5,9 +5,9 @@
     python train.py --dataset mnist --algo ff
     python train.py --resume --out runs/NAME         continue a run that was stopped
 
-A run is a folder: checkpoint.pt (the weights, and all that --resume needs) and, for people,
-config.json (every setting), log.csv (one row per epoch), result.json (test accuracy).
-`python eval.py runs/NAME` evaluates it.
+A run is a folder. checkpoint.pt holds the weights and everything that --resume needs. People read
+config.json (every setting), log.csv (one row per epoch) and result.json (test accuracy).
+`python eval.py runs/NAME` evaluates a run.
 """
 import argparse
 import io
@@ -19,7 +19,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from subprocess import list2cmdline       # quotes names so that every system's shell reads them
+from subprocess import list2cmdline     # its quotes work in POSIX shells and on Windows
 from timeit import timeit
 from traceback import extract_tb
 from types import SimpleNamespace
@@ -37,8 +37,9 @@ from vit import build_model, plain_name
 # ---------------------------------------------------------------------------------------- settings
 
 FROM_0, FROM_1 = (0, 10 ** 9), (1, 10 ** 9)
-# name: (default, allowed values, meaning); a list holds the choices, a pair the smallest and the
-# largest number. Defaults are the paper's or, where it is silent, those of its authors' code.
+# name: (default, allowed values, meaning). Allowed values are a list of choices, or a pair with the
+# smallest and the largest number. Defaults come from the paper or, where it gives none, from its
+# authors' code.
 SETTINGS = {
     "dataset": ("shapes", ["shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"], "the data"),
     "algo": ("cffm", ["cff", "cffm", "ff", "symba", "collab", "scl", "bp"], "the method"),
@@ -48,13 +49,13 @@ SETTINGS = {
     "limit": (0, FROM_0, "training images to use, and a ninth as many for validation; 0: all"),
     "missing": (0.0, (0, 1), "fraction of training and validation images left out (Table 4)"),
     "label_noise": (0.0, (0, 1), "fraction of training and validation labels made wrong (Table 4)"),
-    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "crop flips too; MNIST never"),
-    "padding": (4, FROM_0, "pixels put around an image before its crop"),
-    "fill": ("zeros", ["zeros", "edge"], "their value: zero, or that of the nearest pixel"),
+    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "a crop also flips, not MNIST"),
+    "padding": (4, FROM_0, "pixels added on each side of an image before its crop"),
+    "fill": ("zeros", ["zeros", "edge"], "value of the added pixels: zero, or the nearest pixel"),
     "patch_size": (4, FROM_1, "side of a patch in pixels"),
-    "pool": ("mean", ["mean", "token"], "what a loss sees: mean (Eq. 13) or class token (Table 5)"),
+    "pool": ("mean", ["mean", "token"], "losses see the mean (Eq. 13) or a class token (Table 5)"),
     "position_std": (1.0, FROM_0, "standard deviation of the initial position embedding"),
-    "views": (2, [1, 2], "augmented views of a batch; 1 is one-forward (Table 6)"),
+    "views": (2, [1, 2], "augmented views of each batch; 1 is one-forward (Table 6)"),
     "epochs": (600, FROM_1, "epochs of stage 1, the encoder"),
     "head_epochs": (50, FROM_1, "epochs of stage 2, the linear head"),
     "batch_size": (512, (2, 10 ** 9), "images in a batch, B"),
@@ -66,17 +67,17 @@ SETTINGS = {
     "temperature": (0.15, (1e-6, 1e6), "tau of Eqs. 3 and 15"),
     "m0": (0.4, (0, 2), "margin of the first layer (Sec. 4.1)"),
     "mL": (0.1, (0, 2), "margin of the last layer"),
-    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "margins between them"),
+    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "from m0 to mL (Fig. 4a)"),
     "threshold": (2.0, FROM_0, "theta of Eq. 2 (ff, collab)"),
     "alpha": (1.0, (1e-6, 1e6), "alpha of Eq. 7 (symba)"),
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
-    "seed": (0, (0, 2 ** 63 - 1), "of the validation split, the initial weights and every draw"),
-    "precision": ("tf32", ["fp32", "tf32", "bf16"], "tf32: all products on a GPU; bf16: layers'"),
+    "seed": (0, (0, 2 ** 63 - 1), "seed of the validation split, the weights and every draw"),
+    "precision": ("tf32", ["fp32", "tf32", "bf16"], "of matrix products; on a CPU tf32 is fp32"),
     "device": ("auto", ["auto", "cpu", "cuda", "mps"], "auto: a GPU if there is one; mps: untried"),
-    "out": ("", None, "folder of the run; by default runs/ and a name made of the settings"),
+    "out": ("", None, "folder of the run; default: runs/ and a name made from the settings"),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
-# What differs by data set, and by recipe ("RECIPE METHOD": for that method alone)
+# Defaults that differ by data set and by recipe; "RECIPE METHOD" is for one method only
 BY_DATASET = {
     "shapes": dict(recipe="short", model="vit-64-4-3", patch_size=8, head_epochs=4),
     "mnist": dict(recipe="mlp", model="mlp-500-3", augment="none", views=1),
@@ -84,8 +85,8 @@ BY_DATASET = {
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
 FF_ON_MLP = dict(lr=0.2, weight_decay=0.0, epochs=40)
-RECIPES = {         # found here (experiments/README.md), except the first
-    "none bp": dict(lr=0.0005),                                     # the authors' code's
+RECIPES = {         # found by experiments (experiments/README.md), except the first
+    "none bp": dict(lr=0.0005),                                     # from the authors' code
     "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, warmup=80,
                   position_std=0.02, schedule="cosine", head_lr=0.005),
     "short bp": dict(lr=0.002),
@@ -96,14 +97,14 @@ RECIPES = {         # found here (experiments/README.md), except the first
     "mlp ff": FF_ON_MLP, "mlp collab": FF_ON_MLP, "mlp symba": dict(FF_ON_MLP, lr=0.1, alpha=4.0),
     "mlp bp": dict(lr=0.0005),
 }
-METRIC = {"cifar100": "top5", "tinyimagenet": "top10"}      # others: top1 (Section 4)
+METRIC = {"cifar100": "top5", "tinyimagenet": "top10"}      # top1 for all others (Section 4)
 WITH_LABELS = ("ff", "symba", "collab")                     # methods whose images carry a label
 
 
 # ---------------------------------------------------------------------------------------- training
 
 def train(run):
-    """Stage 1, the encoder, and stage 2, the head, from where the run stands; then the test."""
+    """Train the encoder (stage 1) and the head (stage 2) from where the run stopped; then test."""
     images, labels = run.train
     for stage in range(run.stage, stages(run.settings) + 1):
         if stage > run.stage:
@@ -127,12 +128,12 @@ def train(run):
 
 
 def stages(s):
-    """2 where a head is trained on the frozen encoder; FF needs none, and BP has trained it."""
+    """2 if a head is trained on the frozen encoder. FF needs no head; BP trains it in stage 1."""
     return 2 if s.algo in ("cff", "cffm", "scl") or s.head else 1
 
 
 def begin_stage(run, stage):
-    """Set what is particular to stage 1, the encoder, or to stage 2, the head."""
+    """Set the method, length, rate and optimizers of stage 1 (encoder) or stage 2 (head)."""
     s, L = run.settings, len(run.model.layers)
     run.stage, run.epoch, run.best_loss = stage, 0, math.inf
     if stage == 1:
@@ -145,7 +146,7 @@ def begin_stage(run, stage):
 
 
 def make_optimizers(model, s, stage=1):
-    """One AdamW per layer; SCL and BP have one for all they train, stage 2 one for the head."""
+    """One AdamW per layer. SCL and BP have one for everything; stage 2 has one for the head."""
     modules, lr = model.layers, s.lr
     if stage == 2:
         modules, lr = [model.head], s.head_lr
@@ -158,7 +159,7 @@ def make_optimizers(model, s, stage=1):
 
 
 def set_learning_rate(run, i):
-    """Set the learning rate for batch i of the current epoch, by --warmup and --schedule."""
+    """Set the learning rate of batch i of the current epoch by --warmup and --schedule."""
     per_epoch = math.ceil(len(run.train[1]) / run.settings.batch_size)
     update = run.epoch * per_epoch + i
     lr = run.lr * min(1, (update + 1) / (run.warmup + 1))
@@ -169,8 +170,9 @@ def set_learning_rate(run, i):
 
 
 def batches_of(run, labels, shuffled):
-    """Row numbers in batches, (B,) each. With one view a contrastive loss needs two images of a
-    class: batches without them are left out. Raises ValueError if none is left."""
+    """A list of batches, each the row numbers of its images (B,). With one view a contrastive loss
+    needs two images of a class, so batches without such a pair are dropped. Raises ValueError if
+    no batch remains."""
     n = len(labels)
     order = torch.randperm(n, generator=run.generator) if shuffled else torch.arange(n)
     batches = order.to(labels.device).split(run.settings.batch_size)
@@ -182,7 +184,7 @@ def batches_of(run, labels, shuffled):
 
 
 def train_on(run, x, y):
-    """Train on one batch by the run's method: the losses by layer (L,); SCL, BP, head: a scalar."""
+    """Train on one batch. Returns the loss of each layer (L,), or a scalar for SCL, BP and head."""
     s, model, optimizers, augment = run.settings, run.model, run.optimizers, run.augment
     if run.method in ("cff", "cffm"):
         return cff_step(model, optimizers, x, y, augment, run.margins, s.temperature, s.views)
@@ -198,7 +200,7 @@ def train_on(run, x, y):
 
 
 def losses_on(run, x, y):
-    """The losses that `train_on` would return, without an update; draws are from val_generator."""
+    """The losses that `train_on` would return, without training, with draws of val_generator."""
     s, model, augment = run.settings, run.model, run.val_augment
     if run.method in ("cff", "cffm"):
         return cff_losses(model, x, y, augment, run.margins, s.temperature, s.views)
@@ -214,7 +216,7 @@ def losses_on(run, x, y):
 
 @torch.no_grad()
 def validate(run):
-    """The mean losses on validation images, (L,) or a scalar; the same draws every epoch."""
+    """Mean losses on the validation images, (L,) or a scalar. The draws repeat every epoch."""
     (images, labels), total, n = run.val, 0, 0
     run.val_generator.manual_seed(run.settings.seed)
     for rows in batches_of(run, labels, shuffled=False):
@@ -224,7 +226,7 @@ def validate(run):
 
 
 def end_epoch(run, train_losses, val_losses, start):
-    """Add the epoch to the log, print it, keep the weights if they are the best so far, save."""
+    """Log and print the epoch, keep the weights if they are the best so far, and save the run."""
     train_losses, val_losses = train_losses.reshape(-1).tolist(), val_losses.reshape(-1).tolist()
     loss = choosing_loss(run.settings.algo, val_losses)
     run.epoch += 1
@@ -240,7 +242,7 @@ def end_epoch(run, train_losses, val_losses, start):
                row.get("probe", "-"), row["seconds"],
                f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"])
     if not all(map(math.isfinite, train_losses + val_losses)):
-        raise SystemExit("train.py: a loss is not a number; try a smaller --lr, with another --out")
+        raise SystemExit("train.py: a loss is not finite: try a smaller --lr, with a new --out")
     if loss < run.best_loss:
         run.best_loss = loss
         run.best = {name: weight.clone() for name, weight in run.model.state_dict().items()}
@@ -250,21 +252,21 @@ def end_epoch(run, train_losses, val_losses, start):
 
 
 def choosing_loss(algo, val_losses):
-    """The loss that selects the epoch, from its validation losses by layer: the last layer's; for
-    FF, SymBa and FF Collab the sum over the layers except the first."""
+    """The number that selects the epoch, from the validation loss of each layer: the last layer's
+    loss or, for FF, SymBa and FF Collab, the sum over all layers except the first."""
     return sum(val_losses[1:] or val_losses) if algo in WITH_LABELS else val_losses[-1]
 
 
 def print_row(cells):
-    """Print cells in aligned columns."""
+    """Print one row with aligned columns."""
     print("".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
 # ------------------------------------------------------------------ what a network has learned
 
 def measure(run, most=3000):
-    """Columns of the log, from up to `most` training and validation images without augmentation:
-    validation accuracy of a linear probe in %; with margins each layer's |R|/|P| (Fig. 5)."""
+    """Columns of the log, from at most `most` training and validation images, not augmented: the
+    validation accuracy of a linear probe in % and, for CFF+M, each layer's |R|/|P| (Fig. 5)."""
     row, last = {}, {}
     for part, (images, y) in (("train", run.train), ("val", run.val)):
         f, y = [normalize(f_l) for f_l in layer_features(run, images[:most])], y[:most]
@@ -278,13 +280,13 @@ def measure(run, most=3000):
 
 @torch.no_grad()
 def layer_features(run, images):
-    """Each layer's pooled output for uint8 images, not augmented: L tensors (n, E)."""
+    """Each layer's pooled output for n uint8 images, not augmented: L tensors (n, E)."""
     parts = [encode(run.model, run.normalise(part)) for part in images.split(500)]
     return [torch.cat(layer) for layer in zip(*parts)]
 
 
 def probe(f, y, test_f, test_y, num_classes):
-    """Accuracy in % on test_f of a linear classifier of f (n, E), y: least squares with ridge."""
+    """Fit a linear classifier to f (n, E), y by ridge regression; its accuracy in % on test_f."""
     f, y, test_f, test_y = (t.cpu() for t in (f, y, test_f, test_y))    # MPS has no float64
     X, test_X = (pad(f, (0, 1), value=1).double() for f in (f, test_f))         # (n, E + 1)
     ridge = 1e-6 * X.square().sum() * torch.eye(X.shape[1], dtype=X.dtype)
@@ -293,8 +295,8 @@ def probe(f, y, test_f, test_y, num_classes):
 
 
 def accuracy(model, images, y, normalise, s):
-    """Top-1, top-5 and top-10 accuracy in % on uint8 images, as far as there are so many classes:
-    {1: ..., 5: ..., 10: ...}."""
+    """Top-k accuracy in % on uint8 images, {1: ..., 5: ..., 10: ...}, for each k that is at most
+    the number of classes."""
     scores = [predict(model, normalise(x), s.algo, s.head) for x in images.split(500)]
     tops = [k for k in (1, 5, 10) if k <= model.num_classes]
     right = torch.cat(scores).topk(tops[-1]).indices == y[:, None]          # (n, k), best first
@@ -305,7 +307,7 @@ def accuracy(model, images, y, normalise, s):
 
 def load_data(dataset, folder):
     """(train images, train labels, test images, test labels): uint8 (n, C, H, W) and int64 (n,).
-    Missing files are downloaded into `folder`. Raises OSError, in one line, if that fails."""
+    Files that are absent are downloaded into `folder`. Raises OSError, one line, if that fails."""
     if dataset == "shapes":
         return *draw_shapes(10000, seed=1), *draw_shapes(2000, seed=2)
     try:
@@ -317,14 +319,14 @@ def load_data(dataset, folder):
             images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
             data += [images.contiguous(), torch.as_tensor(part.targets)]
         return data
-    except Exception as reason:         # no network, a torn file, another layout: no data there
+    except Exception as reason:         # no network, a torn file, another layout, ...
         reason = (str(reason) or type(reason).__name__).splitlines()[0]
         raise OSError(f"{dataset} could not be loaded from --data-dir {folder} ({reason}); "
                       "README.md says what belongs there; --dataset shapes needs nothing")
 
 
 def load_tiny_imagenet(folder):
-    """Tiny ImageNet as `load_data`; its labelled validation images are the test set."""
+    """Tiny ImageNet as in `load_data`; its labelled validation images are the test set."""
     root, data = folder / "tiny-imagenet-200", []
     if not root.exists():
         url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -344,7 +346,7 @@ def bar(x, y, width, height):       # signed distance to a rectangle of 2 width 
     return torch.maximum(x.abs() - width, y.abs() - height)
 
 
-SHAPES = {          # class: signed distance to its outline, negative inside, in units of its radius
+SHAPES = {          # class: signed distance to its outline in radii, negative inside
     "disc": lambda x, y: torch.hypot(x, y) - 0.85,
     "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.2,
     "square": lambda x, y: bar(x, y, 0.72, 0.72),
@@ -359,44 +361,44 @@ SHAPES = {          # class: signed distance to its outline, negative inside, in
 
 
 def draw_shapes(n, seed):
-    """n drawn images uint8 (n, 3, 32, 32) and their labels (n,), 0..9 in the order of SHAPES."""
+    """Draw n images, uint8 (n, 3, 32, 32), and return them with labels (n,): 0..9 as in SHAPES."""
     generator = torch.Generator().manual_seed(seed)
     images = [draw_some(min(1000, n - start), generator) for start in range(0, n, 1000)]
     return torch.cat(images), torch.arange(n) % len(SHAPES)
 
 
 def draw_some(n, generator):
-    """n images of `draw_shapes`, the classes in turn; everything but the outline is random."""
+    """Draw n images of `draw_shapes`, each class in turn; only the outlines are not random."""
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
 
     def rand(low, high, channels=1):        # one number per image, or per image and channel
         return low + (high - low) * torch.rand(n, channels, 1, 1, generator=generator)
 
-    def place(low, high, room):             # the pixels in an object's own coordinates
+    def coordinates(low, high, room):       # of the pixels, in radii of an object at a random place
         radius, turn = rand(low, high), rand(0, 2 * math.pi)
         x, y = ((axis - 15.5 - room * rand(-1, 1)) / radius for axis in (columns, rows))
         return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
 
     back = rand(0, 0.5, 3)
     image = back.expand(n, 3, 32, 32)
-    for _ in range(2):                      # clutter under the shape
-        x, y, radius = place(1.5, 4, room=13)
+    for _ in range(2):                      # two rectangles under the shape
+        x, y, radius = coordinates(1.5, 4, room=13)
         colour, distance = rand(0, 1, 3), bar(x, y, 1, rand(0.2, 1))
-        image = image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))   # its share of a pixel
-    x, y, radius = place(8, 13, room=3.5)
+        image = image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))   # share of a pixel
+    x, y, radius = coordinates(8, 13, room=3.5)
     distance = torch.empty_like(x)
     for label, outline in enumerate(SHAPES.values()):
         own = slice(label, None, len(SHAPES))
         distance[own] = outline(x[own], y[own])
-    colour = back + rand(0.3, 0.7, 3)       # brighter than behind it
+    colour = back + rand(0.3, 0.7, 3)       # brighter than the background
     image = image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))
     image = image + 0.03 * torch.randn(n, 3, 32, 32, generator=generator)
     return (image.clamp(0, 1) * 255).to(torch.uint8)
 
 
 def split(images, labels, s, num_classes):
-    """[(images, labels), (images, labels)]: 90 % training, 10 % validation, at random by the seed;
-    then --limit, --missing and --label-noise act. Raises ValueError for too large a --limit."""
+    """Split at random by the seed: [(images, labels) for training, 90 %, and for validation]. Then
+    apply --limit, --missing and --label-noise to both. Raises ValueError for a bad --limit."""
     g = torch.Generator().manual_seed(s.seed)
     order, parts = torch.randperm(len(labels), generator=g), []
     val, train = order[:len(order) // 10], order[len(order) // 10:]
@@ -417,9 +419,9 @@ def split(images, labels, s, num_classes):
 # ------------------------------------------------------------------------------------ augmentation
 
 def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
-    """RandAugment [45] of uint8 images (B, C, H, W), by torchvision, which draws an operation for
-    all images that it gets. So for each of the num_ops operations the batch is shuffled into up to
-    `groups` groups, and each group has its own draw. Fewer groups are faster."""
+    """torchvision's RandAugment [45] of uint8 images (B, C, H, W). It applies one random choice to
+    all images of a call. So for each of the num_ops operations the batch is shuffled into up to
+    `groups` groups, and each group has its own random choice. Fewer groups are faster."""
     draw, images = v2.RandAugment(1, magnitude), images.clone()
     with torch.random.fork_rng(devices=[]):             # torchvision has no generator of its own
         torch.default_generator.manual_seed(torch.randint(2 ** 31, (), generator=generator).item())
@@ -430,8 +432,8 @@ def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
 
 
 def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
-    """augment(images): uint8 (B, C, H, W) -> a new random view, normalised. kind: --augment.
-    Random numbers are drawn on the CPU, so they are the same on every device."""
+    """A function augment(images): uint8 (B, C, H, W) -> a new random view, normalised. `kind` is
+    --augment. Random numbers are drawn on the CPU, so they are the same on every device."""
     mean, std, shifts = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
 
     def augment(images):
@@ -455,13 +457,13 @@ def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
 
 # ------------------------------------------------------------------------------------- runs on disk
 
-PROGRESS = ("epoch", "best", "best_loss", "best_epoch", "log")      # of a run, as in its checkpoint
+PROGRESS = ("epoch", "best", "best_loss", "best_epoch", "log")      # what changes by epoch
 
 
 def make_run(s, saved=None):
-    """A run as plain data: settings, images, model, optimizers, random state, progress; where a
-    checkpoint is given, as it stood there. Raises OSError or ValueError, in one line, for data,
-    sizes or a device that cannot be used."""
+    """A run as plain data: settings, images, model, optimizers, random state and progress. With a
+    checkpoint it continues from there. Raises OSError or ValueError, one line, for data, sizes or
+    a device that cannot be used."""
     device = find_device(s.device)
     images, labels, *test_set = load_data(s.dataset, s.data_dir)
     classes = int(labels.max()) + 1
@@ -485,7 +487,7 @@ def make_run(s, saved=None):
         best=None, best_epoch=0, log=[])
     run.train, run.val, run.test = ([t.to(device) for t in part] for part in parts)
     view = partial(make_augment, s.augment, s.padding, mean, std, fill=s.fill,
-                   flip=s.dataset != "mnist")               # a mirrored digit is another sign
+                   flip=s.dataset != "mnist")               # mirrored digits are other symbols
     run.augment, run.val_augment = view(run.generator), view(run.val_generator)
     run.normalise = make_augment("none", 0, mean, std, None)
     begin_stage(run, saved["stage"] if saved else 1)
@@ -500,7 +502,7 @@ def make_run(s, saved=None):
 
 
 def find_device(name="auto"):
-    """The device of --device; ValueError if it is not there."""
+    """The device that --device names; raises ValueError if torch does not find it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not torch.get_device_module(name).is_available():
@@ -509,7 +511,7 @@ def find_device(name="auto"):
 
 
 def make_model(s, data):
-    """The untrained model for a run's settings and its data's `image_shape` and `num_classes`."""
+    """The untrained model for these settings; `data` has its `image_shape` and `num_classes`."""
     torch.set_float32_matmul_precision("high" if s.precision == "tf32" else "highest")
     vit, labels, options = plain_name(s.model).startswith("vit"), None, {}
     if s.algo in WITH_LABELS:
@@ -524,14 +526,14 @@ def make_model(s, data):
 
 
 def in_bf16(forward, x):
-    """A layer's forward with products in bfloat16; weights, its output and losses are float32."""
+    """A layer's forward with products in bfloat16; weights, output and losses stay float32."""
     with torch.autocast(x.device.type, torch.bfloat16):
         return forward(x).float()
 
 
 def start(run):
-    """Take an empty or new folder for the run, so that no other run can have it. config.json gets
-    every setting, the data, versions and the device. Raises OSError for a folder with files."""
+    """Take a new or empty folder, so that no other run can use it. Write config.json: settings,
+    data, versions, device. Raises OSError for a folder with files."""
     run.folder.mkdir(parents=True, exist_ok=True)
     if any(run.folder.iterdir()):
         raise FileExistsError(f"{run.folder} holds files: continue its run (--resume) or name "
@@ -547,7 +549,7 @@ def start(run):
 
 
 def save(run):
-    """Write checkpoint.pt, all that --resume and eval.py need, and log.csv."""
+    """Write checkpoint.pt, which is all that --resume and eval.py need, and log.csv."""
     write(run.folder / "checkpoint.pt", {
         **{name: getattr(run, name) for name in PROGRESS}, "stage": run.stage,
         "settings": vars(run.settings), "data": run.data, "threads": torch.get_num_threads(),
@@ -558,11 +560,11 @@ def save(run):
     try:
         write(run.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
     except PermissionError:                         # Windows, while another program has it open
-        print("log.csv is open in another program: it will be written after the next epoch")
+        print("log.csv is open in another program; the next epoch will write it")
 
 
 def test(run):
-    """Accuracy on test and validation images: result.json, printed, returned."""
+    """Measure the accuracy on test and validation images; write it to result.json; return it."""
     s, result = run.settings, {}
     for part, (images, y) in (("test", run.test), ("val", run.val)):
         found = accuracy(run.model, images, y, run.normalise, s)
@@ -576,16 +578,16 @@ def test(run):
 
 
 def read(path):
-    """A checkpoint as a dict; OSError, in one line, if it cannot be read."""
+    """Read a checkpoint as a dict. Raises OSError, one line, if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as reason:             # missing, torn, another's: torch has many errors
+    except Exception as reason:             # missing, torn, no checkpoint: torch has many errors
         raise OSError(f"{path} cannot be read ({type(reason).__name__})")
 
 
 def write(path, content):
-    """Replace the file `path`, never half-written, by text or what torch can save. OSError if the
-    disk is full, where torch.save to a file has other errors."""
+    """Replace the file `path` in one step, so that it is never half-written. `content` is text or
+    anything that torch can save. A full disk raises OSError (torch.save would raise others)."""
     data, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
@@ -602,7 +604,7 @@ def write(path, content):
 # ------------------------------------------------------------------------------------ command line
 
 def defaults(dataset, algo, recipe=None):
-    """The settings where nothing else is typed, as a dict; the recipe by default the data set's."""
+    """All settings as a dict, as they are without flags. recipe: by default the data set's."""
     s, own = dict(DEFAULTS), BY_DATASET.get(dataset, {})
     recipe = recipe or own.get("recipe", "none")
     for name in (f"none {algo}", recipe, f"{recipe} {algo}"):       # later ones win
@@ -611,7 +613,7 @@ def defaults(dataset, algo, recipe=None):
 
 
 def parse(argv=None):
-    """(settings, None), or with --resume (settings, checkpoint); nonsense ends with status 2."""
+    """(settings, None), or with --resume (settings, checkpoint). Bad flags end with status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [--FLAG VALUE ...]; --help lists the flags",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -628,7 +630,7 @@ def parse(argv=None):
         try:
             saved = read(Path(typed.get("out", "")) / "checkpoint.pt")
             s = DEFAULTS | saved["settings"]
-        except (OSError, LookupError, TypeError) as reason:         # none, or another program's
+        except (OSError, LookupError, TypeError) as reason:         # no checkpoint of this program
             parser.error(f"no run to resume: {reason}")
         changed = {name for name in typed if s[name] != typed[name]} - {"out", "data_dir", "device"}
         if changed:
@@ -655,9 +657,8 @@ def parse(argv=None):
 
 
 def set_threads(device, saved):
-    """A resumed run has as many threads as before, so that its results are the same bit for bit. A
-    new run has one if that is faster: when other programs use the CPU, threads wait for each other.
-    """
+    """Give a resumed run as many threads as before, so that its results stay the same bit for bit.
+    Give a new run one thread if that is faster: on a busy CPU threads wait for each other."""
     threads, matrix = torch.get_num_threads(), torch.ones(512, 512)
 
     def seconds(n):
@@ -667,21 +668,21 @@ def set_threads(device, saved):
     if saved and "OMP_NUM_THREADS" not in os.environ:
         threads = min(saved["threads"], os.cpu_count())
     if not saved and device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
-        print(f"one thread is faster here than {threads}, as on a busy machine: using one")
+        print(f"the CPU is busy: using one thread, which is faster than {threads} now")
         threads = 1
     torch.set_num_threads(threads)
 
 
 def main(argv=None):
-    """Train as the command line says; returns the result. Wrong settings, missing data and a full
-    disk are told in one line; a mistake in the code shows its traceback."""
+    """Train as the flags say; returns the result. Wrong settings, missing data and a full disk end
+    with one line. A mistake in the code shows its traceback."""
     s, saved = parse(argv)
     try:
         run = make_run(s, saved)
         set_threads(run.device, saved)
         if not saved:
             start(run)
-    except (OSError, ValueError) as reason:             # with its place: it may be a mistake
+    except (OSError, ValueError) as reason:             # the line helps if the code is wrong
         place = extract_tb(reason.__traceback__)[-1]
         raise SystemExit(f"{Path(place.filename).name}, line {place.lineno}: error: {reason}")
     print(f"{s.algo} with {s.model} on {s.dataset}, seed {s.seed}, in {s.out}; "

@@ -211,7 +211,7 @@ def features(model, images):
     pooled = encode(model, images)
     if model.labels is None:
         return pooled[-1]
-    return torch.cat(pooled[1:] or pooled, dim=1)       # a single layer is not left out
+    return torch.cat(pooled[1:] or pooled, dim=1)       # if L = 1, layer 1
 
 
 # ------------------------------------------------------------------------------------- prediction

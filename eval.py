@@ -1,4 +1,4 @@
-"""Evaluate runs as in the paper's results section (Section 4). Prints numbers.
+"""Evaluate runs as in the paper's results section (Section 4), and print the numbers.
 
     python eval.py runs/NAME                   test accuracy; the accuracy of a probe on each layer
     python eval.py runs/NAME --layers          the numbers of Fig. 5, layer by layer
@@ -54,7 +54,7 @@ def open_run(folder, **changes):
 
 def read_log(folder):
     """The rows of stage 1 in a run's log.csv: a list of {column: float}."""
-    with open(Path(folder) / "log.csv", newline="", encoding="utf-8-sig") as file:  # as from Excel
+    with open(Path(folder) / "log.csv", newline="", encoding="utf-8-sig") as file:  # as Excel saves
         rows = [row for row in csv.DictReader(file) if row.get("stage") == "1"]
     return [{column: float(value) for column, value in row.items() if value} for row in rows]
 
@@ -99,7 +99,7 @@ def read_groups(folders):
         group = json.dumps(essential(record))
         first = seen.setdefault((group, record.settings.seed), folder)
         if first is not folder:
-            print(f"both count, with equal settings and seed: {first}, {folder}", file=sys.stderr)
+            print(f"{first} and {folder} have equal settings and seed; both count", file=sys.stderr)
         groups.setdefault(group, []).append(record)
     if not groups:
         raise OSError("none of these folders holds a finished run")
@@ -128,7 +128,7 @@ def epochs_to_convergence(settings, log):
 # ---------------------------------------------------------------------- one run (Sec. 4.2, Fig. 5)
 
 def evaluate(folder, **changes):
-    """Print a run's accuracy and probes. Returns {k: top-k in %}, empty if no head is trained."""
+    """Print a run's accuracy and probes. Returns {k: top-k in %}; {} if the head is untrained."""
     run, top = open_run(folder, **changes), {}
     s, (images, y) = run.settings, run.test
     print(f"{folder}: {s.algo} with {s.model} on {s.dataset}, {len(y)} test images")
@@ -264,7 +264,7 @@ def main(argv=None):
     add("--data-dir", type=os.path.expanduser, help="folder of the data; default: as in the run")
     add("--device", choices=SETTINGS["device"][1], help="default: as in the run")
     add("--precision", choices=SETTINGS["precision"][1], help="default: as in the run")
-    changes = vars(parser.parse_args(argv))             # after these pops: settings to change
+    changes = vars(parser.parse_args(argv))             # after the pops, only settings are left
     folders = find_folders(changes.pop("runs"))
     layers, markdown = changes.pop("layers", False), changes.pop("markdown", False)
     try:

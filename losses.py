@@ -76,7 +76,7 @@ def _log_sum_exp(x, S):
 
 
 def _size(P):
-    """|P(i)| of all rows, (2B,); 1 for an empty P(i), because losses are divided by |P(i)|."""
+    """|P(i)| of all rows, (2B,); 1 for an empty P(i), because L_i is divided by it."""
     return P.sum(dim=1).clamp(min=1)
 
 

@@ -1,7 +1,7 @@
 """The networks of the paper, layer by layer: ViT[E H L] (Section 3.4) and MLP[E L] (Section 4).
 
     B  images in a batch            #P  patches of an image, each of D/#P numbers
-    E  embedding width              T   tokens: patches, and if used a label patch, a class token
+    E  embedding width              T   tokens: patches, and a label patch or class token if used
     H  heads, each of width E/H     D   numbers in an image: channels * height * width
     L  layers                       C   channels in `patchify`, elsewhere classes
 
@@ -89,8 +89,8 @@ class EncoderLayer(nn.Module):
 class PatchEmbedding(nn.Module):
     """The first part of layer 1, before its encoder layer: (B, T, D/#P) -> (B, T, E).
 
-    It has a linear projection, ReLU and a learnable position per token, which starts at random with
-    standard deviation position_std. With class_token=True it puts one more token in front.
+    It has a linear projection, ReLU and a learnable position per token. Positions start at random,
+    with standard deviation position_std. class_token=True puts one more token in front.
     """
 
     def __init__(self, patch_dim, num_tokens, embed_dim, class_token, position_std):
@@ -169,7 +169,7 @@ class MLP(nn.Module):
         for _ in range(num_layers):
             self.layers.append(nn.Sequential(nn.Linear(width, embed_dim), nn.ReLU()))
             width = embed_dim
-        if labels:      # n inputs have length 1, not about sqrt(n): weights sqrt(n) times PyTorch's
+        if labels:      # n inputs have length 1, not sqrt(n), so weights start sqrt(n) times larger
             for layer in self.layers:
                 nn.init.uniform_(layer[0].weight, -1, 1)
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)

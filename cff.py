@@ -1,14 +1,15 @@
 """Contrastive Forward-Forward and the methods it is compared with: Algorithm 1 and Fig. 1.
 
     x, y        one batch: images (B, C, height, width) and labels (B,)
-    x1, x2      CFF: its two views; FF: one view with the true and with wrong labels. First they
-                are patches (B, T, D/#P), then the outputs of the layer before, (B, T, E), detached
-    f1, f2, f   the outputs of layer l for x1 and x2; f is both, pooled and joined, (2B, E)
+    x1, x2      the inputs of layer l. CFF: two views of x. FF: one view of x, with its true labels
+                and with wrong labels. Layer 1 gets patches (B, T, D/#P), each later layer gets the
+                detached outputs (B, T, E) of the layer before it. T is the number of tokens
+    f1, f2      the outputs of layer l for x1 and x2, (B, T, E); CFF pools and joins them: f (2B, E)
 
-Right-hand comments quote Algorithm 1 in its order, with Eq. 13 inserted. T is #P, or #P + 1 with a
-label patch. Each function takes one batch; a step trains on it and returns losses without a graph.
-Models come from vit.py. `optimizers` has one optimizer per layer, so no update can reach another
-layer. `augment(images)` returns one augmented view, with new random draws at each call.
+The comments on the right quote Algorithm 1 in its order, with Eq. 13 inserted. Each function takes
+one batch. A step trains on it and returns the losses without their graph. Models come from vit.py.
+`optimizers` has one optimizer per layer, so an update cannot change another layer.
+`augment(images)` returns one augmented view, and draws new random numbers at each call.
 
     >>> optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.004) for layer in model.layers]
     >>> m = margins(0.4, 0.1, len(model.layers))
@@ -23,10 +24,10 @@ from losses import contrastive_loss, ff_loss, goodness, marginal_contrastive_los
 # ---------------------------------- Contrastive Forward-Forward (Algorithm 1, left; Figs. 1d and 3)
 
 def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
-    """Train every layer on one batch by Algorithm 1, left; returns the losses, (L,).
+    """Train every layer on one batch by Algorithm 1, left; returns the losses of the layers (L,).
 
-    margins: one float per layer; all 0 is CFF (Eq. 3), `losses.margins` returns those of CFF+M
-    (Eq. 15). views: 2, or 1 for one-forward, Table 6. Raises ValueError as the loss does.
+    margins has one float per layer: 0 for CFF (Eq. 3), from `losses.margins` for CFF+M (Eq. 15).
+    views is 2, or 1 for one-forward (Table 6). Raises ValueError as the loss does.
     """
     if views == 1:
         return one_forward_step(model, optimizers, x, y, augment, margins, temperature)
@@ -51,7 +52,7 @@ def cff_step(model, optimizers, x, y, augment, margins, temperature, views=2):
 
 
 def one_forward_step(model, optimizers, x, y, augment, margins, temperature):
-    """`cff_step` with one view, x1 and f1 (one-forward, Table 6)."""
+    """`cff_step` with one view: only x1 and f1 (one-forward, Table 6)."""
     losses = []
     x1 = model.patches(augment(x))
     for l, layer in enumerate(model.layers):
@@ -64,17 +65,17 @@ def one_forward_step(model, optimizers, x, y, augment, margins, temperature):
 
 @torch.no_grad()
 def cff_losses(model, x, y, augment, margins, temperature, views=2):
-    """The losses that `cff_step` would return for one batch, without training: (L,)."""
-    by_view = [encode(model, augment(x)) for _ in range(views)]
-    losses = []
+    """The losses (L,) that `cff_step` would return for one batch, without training."""
+    outputs = [encode(model, augment(x)) for _ in range(views)]             # [view][layer]: (B, E)
+    losses, y = [], y.repeat(views)
     for l, m in enumerate(margins):
-        f = torch.cat([pooled[l] for pooled in by_view])                    # (views * B, E)
-        losses.append(marginal_contrastive_loss(normalize(f), y.repeat(views), m, temperature))
+        f = torch.cat([of_view[l] for of_view in outputs])                  # (views * B, E)
+        losses.append(marginal_contrastive_loss(normalize(f), y, m, temperature))
     return torch.stack(losses)
 
 
 def update(optimizer, loss):
-    """Backpropagate this loss and update; returns it without its graph."""
+    """Backpropagate a loss and update the weights; returns the loss without its graph."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -84,10 +85,10 @@ def update(optimizer, loss):
 # ---------------------------------- Forward-Forward, SymBa, FF Collab (Algorithm 1, right; Fig. 1b)
 
 def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False):
-    """Train every layer on one batch by Algorithm 1, right; returns the losses, (L,).
+    """Train every layer on one batch by Algorithm 1, right; returns the losses of the layers (L,).
 
-    loss: (g_pos, g_neg), both (B,) -> scalar: `losses.ff_loss` for FF, `losses.symba_loss` for
-    SymBa. generator: a CPU generator that draws the wrong labels. collab=True is FF Collab.
+    loss is a function of g_pos (B,) and g_neg (B,), `losses.ff_loss` for FF and `losses.symba_loss`
+    for SymBa. A CPU generator draws the wrong labels. collab=True is FF Collab.
     """
     losses = []
     x = augment(x)                                      # x, y_wrong = augment(x), wrong(y)
@@ -114,7 +115,7 @@ def ff_step(model, optimizers, x, y, augment, loss, generator=None, collab=False
 
 
 def collab_step(model, optimizers, x, y, augment, threshold=2.0, generator=None):
-    """FF Collab on one batch: layer l's logit is G_l + gamma_l - theta; returns the L losses."""
+    """FF Collab on one batch: the logit of layer l is G_l + gamma_l - theta; losses (L,)."""
     def loss(g_pos, g_neg):
         return ff_loss(g_pos, g_neg, threshold)
     return ff_step(model, optimizers, x, y, augment, loss, generator, collab=True)
@@ -122,48 +123,44 @@ def collab_step(model, optimizers, x, y, augment, threshold=2.0, generator=None)
 
 @torch.no_grad()
 def ff_losses(model, x, y, augment, loss, generator=None, collab=False):
-    """The losses that `ff_step` would return for one batch, without training: (L,)."""
+    """The losses (L,) that `ff_step` would return for one batch, without training."""
     x = augment(x)
     y_wrong = wrong_labels(y, model.num_classes, generator)
-    G_pos, G_neg = layer_goodness(model, x, y), layer_goodness(model, x, y_wrong)       # (L, B)
+    G_pos = layer_goodness(model, x, y)                                     # (L, B)
+    G_neg = layer_goodness(model, x, y_wrong)
     if collab:
         G_pos, G_neg = G_pos + gammas(G_pos), G_neg + gammas(G_neg)
     return torch.stack([loss(g_pos, g_neg) for g_pos, g_neg in zip(G_pos, G_neg)])
 
 
 def wrong_labels(y, num_classes, generator=None):
-    """For each label of y (B,) one of the other classes, all equally likely: (B,), never y.
-
-    generator: a CPU generator; the same seed gives the same labels.
-    """
+    """A random wrong label for each label of y, (B,) -> (B,); all other classes are equally likely.
+    A CPU generator draws them: the same seed gives the same labels."""
     shift = torch.randint(1, num_classes, y.shape, generator=generator)
     return (y + shift.to(y.device, non_blocking=True)) % num_classes
 
 
 def unit(h):
-    """Divide each image's output by its norm over all tokens: (B, T, E) or (B, E), same shape."""
+    """Divide each image's output, (B, T, E) or (B, E), by its norm over all tokens."""
     return normalize(h.flatten(1)).view_as(h)
 
 
 def gammas(G):
-    """FF Collab: for each layer the goodness of all other layers, detached. G (L, B) -> (L, B)."""
+    """FF Collab's gamma: the goodness of all other layers, detached. G (L, B) -> (L, B)."""
     return (G.sum(dim=0) - G).detach()                  # gamma_l = sum_{k != l} G_k
 
 
 @torch.no_grad()
 def layer_goodness(model, images, y):
-    """The goodness of images (B, C, height, width) with labels y (B,) in each layer, (L, B)."""
+    """The goodness (L, B) in each layer of images (B, C, height, width) with labels y (B,)."""
     return torch.stack([goodness(f) for f in encode(model, images, y)])
 
 
 # ----------------------------------------------- through the whole network (Figs. 1a, 1c; Sec. 3.3)
 
 def encode(model, images, y=None):
-    """Each layer's pooled output: images (B, C, height, width), labels y (B,) -> L tensors (B, E).
-
-    Nothing is detached. Without y the model gets images alone, or the neutral label if it takes
-    labels (Table 2).
-    """
+    """The pooled output of each layer: images (B, C, height, width) -> a list of L tensors (B, E).
+    Nothing is detached. A model built with labels gets y (B,), or without y the neutral label."""
     if y is None and model.labels is not None:
         y = torch.full((len(images),), -1, device=images.device)
     h, pooled = model.patches(images, y), []
@@ -176,7 +173,7 @@ def encode(model, images, y=None):
 
 
 def bp_step(model, optimizer, x, y, augment):
-    """Train encoder and head end to end on one batch (BP+CE, Fig. 1a); returns the loss."""
+    """Train encoder and head together on one batch (BP+CE, Fig. 1a); returns the loss."""
     return update(optimizer, bp_loss(model, x, y, augment))
 
 
@@ -187,46 +184,48 @@ def bp_loss(model, x, y, augment):
 
 
 def scl_step(model, optimizer, x, y, augment, temperature, views=2):
-    """Train the encoder by Eq. 3 after its last layer alone (SCL, Fig. 1c); returns the loss."""
+    """Train all layers by one loss, Eq. 3 after the last layer (SCL, Fig. 1c); returns the loss."""
     return update(optimizer, scl_loss(model, x, y, augment, temperature, views))
 
 
 def scl_loss(model, x, y, augment, temperature, views=2):
-    """Eq. 3 of the last layer's output on one batch -> scalar."""
+    """Eq. 3 for the last layer's output on one batch -> scalar."""
     f = encode(model, torch.cat([augment(x) for _ in range(views)]))[-1]
     return contrastive_loss(normalize(f), y.repeat(views), temperature)
 
 
 def head_step(model, optimizer, x, y, augment):
-    """Stage 2: train the linear head on one batch, the encoder frozen; returns the loss."""
+    """Stage 2: train the head on one batch; the encoder is frozen. Returns the loss."""
     return update(optimizer, head_loss(model, x, y, augment))
 
 
 def head_loss(model, x, y, augment):
-    """Cross-entropy of the head's scores on one batch, the encoder frozen -> scalar."""
+    """Cross-entropy of the head's scores on one batch -> scalar. The encoder gets no gradient."""
     with torch.no_grad():
         f = features(model, augment(x))
     return cross_entropy(model.head(f), y)
 
 
 def features(model, images):
-    """What the head reads: (B, E), or with labels (B, (L - 1) E), all layers but the first."""
+    """The head's input: (B, E), or with labels the outputs of layers 2 to L, (B, (L - 1) E)."""
     pooled = encode(model, images)
-    return pooled[-1] if model.labels is None else torch.cat(pooled[1:] or pooled, dim=1)
+    if model.labels is None:
+        return pooled[-1]
+    return torch.cat(pooled[1:] or pooled, dim=1)       # if L = 1, layer 1
 
 
 # ------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
 def predict(model, images, algo, head=False):
-    """Scores (B, classes) of images (B, C, height, width) by a method; the largest wins.
+    """Scores (B, classes) of images (B, C, height, width); the class with the largest one wins.
 
-    "cff", "cffm", "scl" and "bp": the head's, in one forward pass. "ff", "symba" and "collab": the
-    goodness with each class's label, summed over the layers, one pass per class; with head=True
-    the head's, in one pass (Table 2). Raises ValueError for an unknown algo or an unsuitable model.
+    "cff", "cffm", "scl" and "bp" use the head, in one forward pass. "ff", "symba" and "collab" sum
+    the layers' goodness, in one pass per class; with head=True they use the head, in one pass
+    (Table 2). Raises ValueError for an unknown algo or an unsuitable model.
     """
     if algo not in ("cff", "cffm", "ff", "symba", "collab", "scl", "bp"):
-        raise ValueError(f"algo: cff, cffm, ff, symba, collab, scl or bp; got {algo!r}")
+        raise ValueError(f"algo must be cff, cffm, ff, symba, collab, scl or bp; got {algo!r}")
     by_goodness = algo in ("ff", "symba", "collab")
     if by_goodness != (model.labels is not None):
         kind = "with" if by_goodness else "without"

@@ -1,10 +1,10 @@
-"""What a run learned, in numbers, as in the paper's results section (Section 4).
+"""Evaluate runs as in the paper's results section (Section 4), and print the numbers.
 
-    python eval.py runs/NAME                   test accuracy; a linear probe of each layer
+    python eval.py runs/NAME                   test accuracy; the accuracy of a probe on each layer
     python eval.py runs/NAME --layers          the numbers of Fig. 5, layer by layer
     python eval.py runs/* [--markdown]         a table with one row per run, or per group of seeds
 
-A run's folder holds everything that is needed except the data. experiments/figures.py draws.
+It needs the run's folder and the data. A probe is a linear classifier fitted to a layer's output.
 """
 import argparse
 import csv
@@ -30,22 +30,22 @@ NAMES = {"cff": "CFF", "cffm": "CFF+M", "ff": "FF", "symba": "SymBa", "collab": 
 # ------------------------------------------------------------------------------------ reading runs
 
 def find_folders(names):
-    """The folders that the names mean, each once. A name that exists is that folder; any other
-    name is a pattern, such as runs/m*. A pattern that fits nothing stays as it is."""
+    """The folders for a list of names, each folder once. A name that does not exist is a pattern,
+    such as runs/m*, because not every shell expands it. A pattern without matches is kept."""
     found = {}
     for name in names:
-        matches = [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]
-        for folder in matches:
-            found.setdefault(os.path.realpath(folder), folder)      # r, r/ and a link to r are one
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name))
+        for folder in matches or [name]:
+            found.setdefault(os.path.realpath(folder), folder)  # r, r/ and a link to r are the same
     return list(found.values())
 
 
 def open_run(folder, **changes):
-    """The run in `folder`, by `train.make_run`, with its best weights so far. changes: settings
-    to use instead of the run's, such as device="cpu". Raises OSError or ValueError, in one line."""
+    """The run in `folder`, from `train.make_run`, with its best weights so far. `changes` replace
+    settings, for example device="cpu". Raises OSError or ValueError with a one-line message."""
     saved = read(Path(folder) / "checkpoint.pt")
     if not isinstance(saved, dict) or not saved.get("best"):
-        raise OSError(f"{folder}: checkpoint.pt is not train.py's, or has no finished epoch yet")
+        raise OSError(f"{folder}: checkpoint.pt is not from train.py, or has no finished epoch yet")
     s = DEFAULTS | saved["settings"] | {"out": str(folder)} | changes
     run = make_run(SimpleNamespace(**s), saved)
     run.model.load_state_dict(run.best)
@@ -54,41 +54,41 @@ def open_run(folder, **changes):
 
 def read_log(folder):
     """The rows of stage 1 in a run's log.csv: a list of {column: float}."""
-    with open(Path(folder) / "log.csv", newline="", encoding="utf-8-sig") as file:  # Excel's mark
-        return [{column: float(value) for column, value in row.items() if value}
-                for row in csv.DictReader(file) if row.get("stage") == "1"]
+    with open(Path(folder) / "log.csv", newline="", encoding="utf-8-sig") as file:  # as Excel saves
+        rows = [row for row in csv.DictReader(file) if row.get("stage") == "1"]
+    return [{column: float(value) for column, value in row.items() if value} for row in rows]
 
 
 class Record(SimpleNamespace):
-    """A finished run: `name`, `settings`, `result`, the `log` of stage 1, `images` in each part."""
+    """A finished run: name, settings, result, log (of stage 1), images (their number by part)."""
 
     def accuracy(self, part):
-        """Accuracy in % on "val" or "test" images, by the data set's metric."""
+        """Accuracy in % on the "val" or "test" images, by the metric of the data set."""
         return self.result[f"{part}_{self.result['metric']}"]
 
 
 def read_record(folder):
-    """The `Record` of a finished run. Raises OSError, in one line, if the folder holds none."""
+    """The `Record` of a finished run. Raises OSError with a one-line message if there is none."""
     folder = Path(folder)
     if (folder / "config.json").exists() and not (folder / "result.json").exists():
-        raise OSError(f"{folder}: not finished; train.py --resume --out {folder} continues it")
+        raise OSError(f"{folder}: not finished; continue with train.py --resume --out {folder}")
     try:
-        config, result = (json.loads((folder / file).read_text(encoding="utf-8-sig"))
-                          for file in ("config.json", "result.json"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8-sig"))
         record = Record(
             name=folder.absolute().name, settings=SimpleNamespace(**DEFAULTS | config["settings"]),
             result=result, log=read_log(folder), images=config["data"]["images"])
         if not record.log:
-            raise ValueError("log.csv lacks epochs, or has semicolons for commas")
-        table_row([record])                     # fails if something else is missing
-    except Exception as reason:                 # people edit these files: they may hold anything
-        raise OSError(f"{folder}: no run that can be read ({type(reason).__name__}: {reason})")
+            raise ValueError("log.csv has no epochs, or semicolons instead of commas")
+        table_row([record])                     # raises an error if something else is missing
+    except Exception as reason:                 # people edit these files, so any error can occur
+        raise OSError(f"{folder}: cannot be read as a run ({type(reason).__name__}: {reason})")
     return record
 
 
 def read_groups(folders):
-    """The records of finished runs, in lists of those that differ in the seed alone. Names other
-    folders, and runs that are equal, on stderr. Raises OSError if no record remains."""
+    """Finished runs as a list of groups; the records in a group differ only in the seed. Reports
+    skipped folders and equal runs on stderr. Raises OSError if there is no finished run."""
     groups, seen = {}, {}
     for folder in folders:
         try:
@@ -99,7 +99,7 @@ def read_groups(folders):
         group = json.dumps(essential(record))
         first = seen.setdefault((group, record.settings.seed), folder)
         if first is not folder:
-            print(f"equal settings and seed: {first} and {folder}; both count", file=sys.stderr)
+            print(f"{first} and {folder} have equal settings and seed; both count", file=sys.stderr)
         groups.setdefault(group, []).append(record)
     if not groups:
         raise OSError("none of these folders holds a finished run")
@@ -107,52 +107,52 @@ def read_groups(folders):
 
 
 def essential(record):
-    """A run's settings without the seed, places, the device and the name of the recipe."""
+    """A run's settings except the seed, the folders, the device and the name of the recipe."""
     others = ("seed", "out", "data_dir", "device", "recipe")
     return {name: getattr(record.settings, name) for name in SETTINGS if name not in others}
 
 
 def choosing_losses(settings, log):
     """The validation loss that selects the weights, one value per epoch."""
-    return [choosing_loss(settings.algo, [value for column, value in row.items()
-                                          if column.startswith("val_loss")]) for row in log]
+    columns = [column for column in log[0] if column.startswith("val_loss")]    # one per layer
+    return [choosing_loss(settings.algo, [row[column] for column in columns]) for row in log]
 
 
 def epochs_to_convergence(settings, log):
-    """Fig. 6: the first epoch at which the validation loss has made 99 % of its total fall."""
+    """Fig. 6: the first epoch at which the validation loss has completed 99 % of its drop."""
     v = choosing_losses(settings, log)
-    return next(epoch for epoch, value in enumerate(v, start=1)
-                if v[0] - value >= 0.99 * (v[0] - min(v)))
+    converged = [v[0] - value >= 0.99 * (v[0] - min(v)) for value in v]
+    return 1 + converged.index(True)
 
 
 # ---------------------------------------------------------------------- one run (Sec. 4.2, Fig. 5)
 
 def evaluate(folder, **changes):
-    """Print a run's accuracy and probes; returns top-1, -5, -10 in %, {} for an untrained head."""
+    """Print a run's accuracy and probes. Returns {k: top-k in %}; {} if the head is untrained."""
     run, top = open_run(folder, **changes), {}
     s, (images, y) = run.settings, run.test
     print(f"{folder}: {s.algo} with {s.model} on {s.dataset}, {len(y)} test images")
     if not (run.folder / "result.json").exists():
-        print("not finished: these are its best weights so far")
+        print("not finished: these numbers are for its best weights so far")
     if run.stage < stages(s):
         print("its head is not trained yet")
     else:
         top = accuracy(run.model, images, y, run.normalise, s)
         print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
-        classes = [(images[y == c], y[y == c]) for c in range(run.model.num_classes)]
-        print("top-1 in % by class: " + ", ".join(
-            f"{accuracy(run.model, *part, run.normalise, s)[1]:.1f}" for part in classes))
+        by_class = [accuracy(run.model, images[y == c], y[y == c], run.normalise, s)[1]
+                    for c in range(run.model.num_classes)]
+        print("top-1 in % by class: " + ", ".join(f"{value:.1f}" for value in by_class))
     train_images, train_y = (part[:10000] for part in run.train)
-    features = zip(layer_features(run, train_images), layer_features(run, images))
+    by_layer = zip(layer_features(run, train_images), layer_features(run, images))
     probes = [probe(normalize(f), train_y, normalize(test_f), y, run.model.num_classes)
-              for f, test_f in features]
-    print("linear probe by layer: " + ", ".join(f"{value:.1f} %" for value in probes))
+              for f, test_f in by_layer]
+    print("accuracy of a probe by layer: " + ", ".join(f"{value:.1f} %" for value in probes))
     return top
 
 
 def fisher_criterion(f, y):
-    """Tr(S_w^-1 S_b), Eqs. 19-22, of pooled outputs f (N, E) with labels y (N,): a float. A
-    singular S_w, as with a unit that is always off, is inverted on the rest of the space."""
+    """Tr(S_w^-1 S_b), Eqs. 19-22, for pooled outputs f (N, E) with labels y (N,): a float. S_w is
+    singular if, for example, a unit is always 0; therefore S_w^-1 is the pseudo-inverse."""
     f = f.double()
     m, S_w, S_b = f.mean(dim=0), 0, 0                               # m, Eq. 20
     for c in y.unique():
@@ -166,17 +166,21 @@ def fisher_criterion(f, y):
 
 
 def three_images(f, y):
-    """Row numbers of three images: an anchor, the first; a positive and a negative whose cosine
-    to it is the median. f (n, E) normalised, y (n,). Raises ValueError without a positive."""
-    s, P, N = f @ f[0], (y == y[0]).nonzero()[1:, 0], (y != y[0]).nonzero()[:, 0]
+    """Row numbers of an anchor (row 0), and of the positive and the negative with the median cosine
+    to it. f (n, E) is normalised, y is (n,). Raises ValueError if the anchor has no positive."""
+    s = f @ f[0]
+    P = (y == y[0]).nonzero()[1:, 0]                                # without row 0 itself
+    N = (y != y[0]).nonzero()[:, 0]
     if not len(P):
         raise ValueError("the first validation image has no positive")
-    return [0] + [rows[s[rows].argsort()[len(rows) // 2]].item() for rows in (P, N)]
+    P, N = P[s[P].argsort()], N[s[N].argsort()]                     # sorted by cosine
+    return [0, P[len(P) // 2].item(), N[len(N) // 2].item()]
 
 
 def show_layers(run, markdown=False):
-    """Print Fig. 5's numbers of a run of `open_run`; returns them, one dict per layer."""
-    (images, y), best, rows = run.val, run.log[run.best_epoch - 1], []
+    """Print the numbers of Fig. 5 for a run from `open_run`; returns them, one dict per layer."""
+    images, y = run.val
+    best, rows = run.log[run.best_epoch - 1], []                    # epochs count from 1
     features = layer_features(run, images)
     three = three_images(normalize(features[0]), y)
     for l, f in enumerate(features, start=1):
@@ -184,7 +188,7 @@ def show_layers(run, markdown=False):
         fisher = fisher_criterion(f, y)
         row = {"Layer": l, "Fisher": fisher, "Fisher, S_w/C": fisher * len(y.unique())}
         for column in ("train_loss", "val_loss", "train_saturated", "val_saturated"):
-            row[column] = best.get(f"{column}_{l}", "-")        # SCL and BP have one loss
+            row[column] = best.get(f"{column}_{l}", "-")        # SCL and BP: one loss
         rows.append(row | {"Cosine to the positive": (anchor @ positive).item(),
                            "to the negative": (anchor @ negative).item()})
     print(f"{run.folder}: {len(y)} validation images, epoch {run.best_epoch}; saturated: |R|/|P|")
@@ -196,13 +200,13 @@ def show_layers(run, markdown=False):
 # ---------------------------------------------------------------------------------- tables of runs
 
 def spread(values, digits=1):
-    """ "53.2"; of several values their mean and standard deviation, "53.2 ± 0.4". """
+    """One value as "53.2"; several values as mean and standard deviation, "53.2 ± 0.4"."""
     text = f"{statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def print_table(rows, markdown=False):
-    """Print rows of cells in aligned columns; the first row is the heading."""
+    """Print rows of cells in aligned columns. The first row is the heading."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
     for number, row in enumerate(rows):
         cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
@@ -212,8 +216,8 @@ def print_table(rows, markdown=False):
 
 
 def table_row(runs):
-    """One row of `show_table`, for the records of a group: {column: cell}."""
-    first, s = runs[0], runs[0].settings                # they differ in the seed alone
+    """The row of `show_table` for the records of one group: {column: cell}."""
+    first, s = runs[0], runs[0].settings                # the others differ only in the seed
     converged = [epochs_to_convergence(run.settings, run.log) for run in runs]
     seconds = [statistics.median(row["seconds"] for row in run.log) for run in runs]
     return {
@@ -230,8 +234,8 @@ def table_row(runs):
 
 
 def show_table(groups, markdown=False):
-    """Print a row for each group of `read_groups`, in one table for each data set, --limit and
-    kind of model. Columns whose cells are all equal are named once, above the table."""
+    """Print one row per group of `read_groups`, in one table per data set, --limit and kind of
+    model. A column whose cells are all equal is printed once, above the table."""
     tables = {}
     for runs in groups:
         s = runs[0].settings
@@ -249,18 +253,18 @@ def show_table(groups, markdown=False):
 # ------------------------------------------------------------------------------------ command line
 
 def main(argv=None):
-    """The command line. What cannot be shown ends with one line and exit status 2."""
+    """Run the command line. An error ends with a one-line message and exit status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s RUN [RUN ...] [--FLAG]; --help lists the flags",
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", type=os.path.expanduser, help="folders of runs")
-    add("--layers", action="store_true", help="the numbers of Fig. 5, for each run")
+    add("--layers", action="store_true", help="print the numbers of Fig. 5 for each run")
     add("--markdown", action="store_true", help="print tables as Markdown")
-    add("--data-dir", type=os.path.expanduser, help="folder of the data sets; default: the run's")
-    add("--device", choices=SETTINGS["device"][1], help="default: the run's")
-    add("--precision", choices=SETTINGS["precision"][1], help="default: the run's")
-    changes = vars(parser.parse_args(argv))             # those of the run's settings, in the end
+    add("--data-dir", type=os.path.expanduser, help="folder of the data; default: as in the run")
+    add("--device", choices=SETTINGS["device"][1], help="default: as in the run")
+    add("--precision", choices=SETTINGS["precision"][1], help="default: as in the run")
+    changes = vars(parser.parse_args(argv))             # after the pops, only settings are left
     folders = find_folders(changes.pop("runs"))
     layers, markdown = changes.pop("layers", False), changes.pop("markdown", False)
     try:
@@ -276,5 +280,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")        # a terminal may lack ± or a letter of a name
+    if hasattr(sys.stdout, "reconfigure"):          # IDLE and notebooks lack it
+        sys.stdout.reconfigure(errors="replace")    # a terminal may lack ± or a letter of a name
     main()

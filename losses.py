@@ -1,17 +1,17 @@
-"""The losses of Contrastive Forward-Forward, of the methods it is compared with, and its gradients.
+"""The losses of Contrastive Forward-Forward and related methods, and their gradients by hand.
 
 Covers Eqs. 1-3, 7, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.1-A.7 and Fig. 4a.
 
-    f      (2B, E)  representations, one row per image view, each of length 1
-    y      (2B,)    their classes; f = cat(f1, f2), y = cat(y, y). With one view B rows
-    s      (2B, 2B) s_ij = f_i . f_j, cosine similarities
-    P(i)            rows of the same class as i, without i;  |P(i)| their number
-    N(i)            rows of other classes;  A(i) = P(i) + N(i), every row but i
-    R(i)            saturated positives, s_ir > 1 - m;  Rc(i) = P(i) without R(i)
-    tau, m          temperature, margin; the paper writes most equations with tau = 1
+    f      (2B, E)  representations: one row per image view, each of length 1
+    y      (2B,)    the class of each row. With one view there are B rows, not 2B
+    s      (2B, 2B) cosine similarities, s_ij = f_i . f_j
+    P(i)            rows of the same class as i, without i; |P(i)| is their number
+    N(i), A(i)      rows of other classes; all rows except i
+    R(i), Rc(i)     saturated positives of i, those with s_ir > 1 - m; the other positives of i
+    tau, m          temperature and margin; the paper writes most equations with tau = 1
 
-Sets are boolean masks: P[i, j] is True where j is in P(i). A loss is the mean of L_i over the
-anchors i that have a positive, where the paper writes the sum over all.
+The sets are boolean masks: P[i, j] is True where j is in P(i). Each loss is the mean of L_i over
+the anchors i that have a positive. The paper writes the sum over all anchors.
 
     >>> f = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
     >>> y = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
@@ -26,76 +26,77 @@ from torch.nn.functional import softplus
 # --------------------------------------------------------- goodness: FF and SymBa (Eqs. 1, 2, 7)
 
 def goodness(h):
-    """Goodness of a layer's pooled outputs h (B, E) -> (B,), G = ||h||^2 / E.
+    """The goodness of a layer's pooled outputs h: (B, E) -> (B,), G = ||h||^2 / E.
 
-    A mean, as in the authors' code, where Eq. 1 has the sum: so theta does not depend on E.
+    Eq. 1 has the sum of squares. This is the mean, so theta does not depend on E (authors' code).
     """
     return h.square().mean(dim=1)
 
 
 def ff_loss(g_pos, g_neg, threshold=2.0):
-    """FF's loss, Eq. 2, from goodness (B,) with true and with wrong labels -> scalar, a mean."""
+    """FF's loss, Eq. 2: goodness with true labels (B,) and with wrong labels (B,) -> scalar."""
     # Eq. 2: L = sum_i log(1 + exp(theta - G_i^pos)) + log(1 + exp(G_i^neg - theta))
-    # softplus(x) = log(1 + exp(x)); the mean of the 2B terms
+    # softplus(x) = log(1 + exp(x)). The result is the mean of the 2B terms, not their sum.
     return (softplus(threshold - g_pos) + softplus(g_neg - threshold)).mean() / 2
 
 
 def symba_loss(g_pos, g_neg, alpha=1.0):
-    """SymBa's loss, Eq. 7, from goodness (B,) with true and with wrong labels -> scalar, a mean."""
-    # Eq. 7: L = sum_i log(1 + exp(-alpha (G_i^pos - G_i^neg)))
+    """SymBa's loss, Eq. 7: goodness with true labels (B,) and with wrong labels (B,) -> scalar."""
+    # Eq. 7: L = sum_i log(1 + exp(-alpha (G_i^pos - G_i^neg))), here the mean
     return softplus(-alpha * (g_pos - g_neg)).mean()
 
 
 # ---------------------------------------------------------------------------- similarities and sets
 
 def _check(f, y, temperature, margin=0.0):
-    """Raise ValueError where these cannot be the arguments of a contrastive loss."""
+    """Raise ValueError if a contrastive loss cannot have these arguments."""
     if f.dim() != 2 or y.shape != f.shape[:1]:
         raise ValueError(f"f must be (2B, E), y (2B,); got {tuple(f.shape)} and {tuple(y.shape)}")
     if not 0 <= margin <= 2:
-        raise ValueError(f"the margin must lie in 0..2, the range of 1 - cosine; got {margin}")
+        raise ValueError(f"the margin must be between 0 and 2; got {margin}")
     if not temperature > 0:
         raise ValueError(f"the temperature must be positive; got {temperature}")
 
 
 def _sets(y):
-    """P and N as (2B, 2B) masks for labels y (2B,)."""
+    """P(i) and N(i) of all rows, for labels y (2B,): two (2B, 2B) masks."""
     same_class = y[:, None] == y[None, :]
     itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
     return same_class & ~itself, ~same_class
 
 
 def _Q(s, margin):
-    """Q of Eq. 15, min(s + m, 1); at s + m = 1 its gradient flows, torch.clamp's may not."""
+    """Q of Eq. 15, min(s + m, 1). At s + m = 1 its gradient flows; torch.clamp's may not."""
     return (s + margin).masked_fill(s + margin > 1, 1)
 
 
 def _log_sum_exp(x, S):
-    """log sum_{j in S(i)} exp(x_ij) for each row of x (2B, 2B), S a mask (2B, 2B): (2B,)."""
+    """log sum_{j in S(i)} exp(x_ij) for each row i, (2B,). x and the mask S are (2B, 2B)."""
     return x.masked_fill(~S, -math.inf).logsumexp(dim=1)
 
 
 def _size(P):
-    """|P(i)| as (2B,); 1 where P(i) is empty: that row is divided by it, then not counted."""
+    """|P(i)| of all rows, (2B,); 1 for an empty P(i), because L_i is divided by it."""
     return P.sum(dim=1).clamp(min=1)
 
 
 def _mean_over_anchors(L_i, P):
-    """The mean of L_i (2B,) over the rows that have a positive. Raises ValueError if none has; on a
-    GPU returns nan, because the check would make every batch wait."""
+    """The mean of L_i (2B,) over the rows that have a positive. Raises ValueError if none has one;
+    on a GPU it returns nan instead, because the check would make every batch wait."""
     anchors = P.any(dim=1)
     if anchors.device.type == "cpu" and not anchors.any():
         raise ValueError("no row has a positive: every class occurs once in this batch; "
-                         "use two views or larger batches")
+                         "use two views or a larger batch")
     return L_i.masked_fill(~anchors, 0).sum() / anchors.sum()
 
 
 # ---------------------------------------------------------------------- losses (Eqs. 3, 12, 14-17)
 
 def contrastive_loss(f, y, temperature=0.15):
-    """Supervised contrastive loss, outer form, Eq. 3: f (2B, E) of unit rows, y (2B,) -> scalar.
+    """Supervised contrastive loss, outer form, Eq. 3: f (2B, E), y (2B,) -> scalar.
 
-    Raises ValueError if shapes do not fit, temperature <= 0 or no row has a positive (a GPU: nan).
+    The rows of f must have length 1. Raises ValueError for wrong shapes, for temperature <= 0, and
+    if no row has a positive (on a GPU the result is then nan).
     """
     _check(f, y, temperature)
     P, N = _sets(y)
@@ -107,9 +108,9 @@ def contrastive_loss(f, y, temperature=0.15):
 
 
 def inner_contrastive_loss(f, y, temperature=0.15):
-    """Supervised contrastive loss, inner form, Eq. 12: the mean over P(i) inside the logarithm.
+    """Supervised contrastive loss, inner form, Eq. 12: the mean over P(i) is inside the logarithm.
 
-    Arguments, result, errors as `contrastive_loss`. Eq. 12 is at most Eq. 3 (Jensen's inequality).
+    Arguments and errors: see `contrastive_loss`. By Jensen's inequality it is at most Eq. 3.
     """
     _check(f, y, temperature)
     P, N = _sets(y)
@@ -122,15 +123,15 @@ def inner_contrastive_loss(f, y, temperature=0.15):
 
 
 def marginal_contrastive_loss(f, y, margin, temperature=0.15):
-    """Marginal contrastive loss, Eqs. 14-17: f (2B, E) of unit rows, y (2B,), m in 0..2 -> scalar.
+    """Marginal contrastive loss, Eqs. 14-17: f (2B, E), y (2B,), margin in 0..2 -> scalar.
 
-    A positive counts as more similar by m than it is, but never as more than 1. At m = 0 it is
-    Eq. 3. Raises ValueError as `contrastive_loss`, and for a margin outside 0..2.
+    The margin m is added to the similarity of each positive, but the sum never exceeds 1. At m = 0
+    this is Eq. 3. Raises ValueError as `contrastive_loss` does, and for a margin outside 0..2.
     """
     _check(f, y, temperature, margin)
     P, N = _sets(y)
     s = f @ f.T                                                                         # (2B, 2B)
-    # Eq. 15: Q_ip = min(s_ip + m, 1); in Eq. 14 it is s_ip
+    # Eq. 15: Q_ip = min(s_ip + m, 1). Before the margin, in Eq. 14, Q_ip = s_ip
     Q = _Q(s, margin)
     # Eq. 14: L_i = -1/|P(i)| sum_{p in P(i)} log( exp(Q_ip/tau) / Z_i ), where
     #   Z_i = sum_{p' in P(i)} exp(Q_ip'/tau) + sum_{n in N(i)} exp(s_in/tau)
@@ -141,26 +142,27 @@ def marginal_contrastive_loss(f, y, margin, temperature=0.15):
 
 
 def saturated(f, y, margin):
-    """R of Sec. 3.5 for all anchors: (2B, 2B) bool, True where j is in R(i), s_ij > 1 - m.
+    """The sets R(i) of Sec. 3.5: a (2B, 2B) mask, True where j is in P(i) and s_ij > 1 - m.
 
-    At s_ij = 1 - m exactly the pair is not saturated. ValueError for other shapes or margins.
+    s_ij = 1 - m exactly is not saturated. Raises ValueError for wrong shapes or a wrong margin.
     """
     _check(f, y, 1.0, margin)
     P, _ = _sets(y)
-    return P & (f @ f.T + margin > 1)                           # s > 1 - m, rounded as _Q rounds
+    return P & (f @ f.T + margin > 1)                           # s > 1 - m, with the rounding of _Q
 
 
 # ----------------------------------------------- gradients by hand, case by case (Eqs. 18, A.2-A.7)
 
 def _terms(f, y, i, margin, temperature):
-    """Quantities for anchor i: s_i (2B,), the masks P, N, R, Rc (2B,) and Z_i.
+    """Quantities for anchor i: its similarities s (2B,), the masks P, N, R and Rc (2B,), and Z_i.
 
-    Computed as printed, without logsumexp: exp(1/tau) must be finite, tau > 0.012 in float32.
+    Z_i has no logsumexp, as printed, so exp(1/tau) must be finite: tau > 0.012 in float32.
     """
     _check(f, y, temperature, margin)
-    P, N = (mask[i] for mask in _sets(y))
+    P, N = _sets(y)
+    P, N = P[i], N[i]                                       # the rows of anchor i
     s = f @ f[i]
-    # Eq. A.3: Q(f_i, f_r) = 1 for r in R(i), f_i . f_r + m for r in Rc(i), so dQ/df_i = 0 or f_r
+    # Eq. A.3: for r in R(i) Q = 1 and dQ/df_i = 0, for r in Rc(i) Q = f_i . f_r + m, dQ/df_i = f_r
     R = P & (s + margin > 1)
     Rc = P & ~R
     # Z_i = |R(i)| exp(1/tau)
@@ -172,14 +174,14 @@ def _terms(f, y, i, margin, temperature):
 
 
 def grad_anchor(f, y, k, margin, temperature):
-    """dL_k/df_k (E,), Eq. 18: the gradient of an anchor's own loss; zeros if k has no positive.
-    Arguments as `marginal_contrastive_loss`, ValueError for others; k and i are row numbers."""
+    """dL_k/df_k (E,), Eq. 18: the gradient of anchor k's own loss; zeros if k has no positive.
+    k is a row number; the rest and the ValueErrors are as in `marginal_contrastive_loss`."""
     s, P, N, R, Rc, Z = _terms(f, y, k, margin, temperature)
     if not P.any():
         return torch.zeros_like(f[k])
     # Eq. A.2: 1/tau [ -1/|P(k)| sum_{p in P(k)} dQ_kp/df_k + 1/Z_k (
     #   sum_{p' in P(k)} exp(Q_kp'/tau) dQ_kp'/df_k + sum_{n in N(k)} exp(s_kn/tau) f_n ) ]
-    # Eq. 18 (A.3 put in): 1/tau [ -1/|P(k)| sum_{r' in Rc(k)} f_r' + 1/Z_k (
+    # Eq. 18 (A.3 inserted): 1/tau [ -1/|P(k)| sum_{r' in Rc(k)} f_r' + 1/Z_k (
     #   sum_{r' in Rc(k)} exp((s_kr' + m)/tau) f_r' + sum_{n in N(k)} exp(s_kn/tau) f_n ) ]
     pull = -f[Rc].sum(dim=0) / P.sum()
     push = torch.exp((s[Rc] + margin) / temperature) @ f[Rc] + torch.exp(s[N] / temperature) @ f[N]
@@ -187,62 +189,64 @@ def grad_anchor(f, y, k, margin, temperature):
 
 
 def grad_positive(f, y, i, k, margin, temperature):
-    """dL_i/df_k (E,) for k in P(i), Eqs. A.4-A.6; ValueError for other k."""
+    """dL_i/df_k (E,), Eqs. A.4-A.6, for k in P(i). ValueError for other k."""
     s, P, N, R, Rc, Z = _terms(f, y, i, margin, temperature)
     if not P[k]:
         raise ValueError(f"row {k} is not a positive of row {i}")
     # Eq. A.4: 1/tau [ -1/|P(i)| + exp(Q_ik/tau) / Z_i ] dQ_ik/df_k
-    # Eq. A.5 (A.3 put in), k in R(i): 0, a saturated pair moves nothing
+    # Eq. A.5 (A.3 inserted), k in R(i): 0, because a saturated pair has no gradient
     if R[k]:
         return torch.zeros_like(f[k])
-    # Eq. A.6 (A.3 put in), k in Rc(i): 1/tau [ -1/|P(i)| + exp((s_ik + m)/tau) / Z_i ] f_i
+    # Eq. A.6 (A.3 inserted), k in Rc(i): 1/tau [ -1/|P(i)| + exp((s_ik + m)/tau) / Z_i ] f_i
     return (-1 / P.sum().to(f) + torch.exp((s[k] + margin) / temperature) / Z) * f[i] / temperature
 
 
 def grad_negative(f, y, i, k, margin, temperature):
-    """dL_i/df_k (E,) for k in N(i), Eq. A.7; zeros if P(i) is empty, ValueError for other k."""
+    """dL_i/df_k (E,), Eq. A.7, for k in N(i); zeros if P(i) is empty. ValueError for other k."""
     s, P, N, R, Rc, Z = _terms(f, y, i, margin, temperature)
     if not N[k]:
         raise ValueError(f"row {k} is not a negative of row {i}")
     if not P.any():
         return torch.zeros_like(f[k])
-    # Eq. A.7, k in N(i): 1/tau [ exp(s_ik/tau) / Z_i ] f_i     (all of Z belongs to the anchor i)
+    # Eq. A.7, k in N(i): 1/tau [ exp(s_ik/tau) / Z_i ] f_i    (the paper mixes i and k in Z)
     return torch.exp(s[k] / temperature) / Z * f[i] / temperature
 
 
 # ------------------------------------------------------------------ gradients by hand, all at once
 
 def marginal_contrastive_grad(f, y, margin, temperature):
-    """d(sum_i L_i)/df (2B, E), of the sum over the anchors that `marginal_contrastive_loss` takes
-    the mean of: Eqs. 18 and A.5-A.7 for every pair, as one matrix product.
+    """d(sum_i L_i)/df (2B, E): Eqs. 18 and A.5-A.7 for all pairs, as one matrix product.
 
-    L_i depends on f through s_ij = f_i . f_j alone, so with D_ij = dL_i/ds_ij the gradient is
-    (D + D^T) F: row k of D F is Eq. 18, row k of D^T F sums A.5-A.7 over the anchors i.
+    This is the gradient of the sum over anchors; `marginal_contrastive_loss` is the mean. Because
+    L_i depends on f only through s_ij = f_i . f_j, it is (D + D^T) F with D_ij = dL_i/ds_ij. Row k
+    of D F is Eq. 18, and row k of D^T F is the sum of A.5-A.7 over the anchors i.
     """
     _check(f, y, temperature, margin)
     P, N = _sets(y)
     s = f @ f.T                                                                         # (2B, 2B)
-    # D_ij = 1/tau [ exp(Q_ij/tau) / Z_i - 1/|P(i)| ] in P(i), 1/tau exp(s_ij/tau) / Z_i in N(i)
+    # D_ij = 1/tau [ exp(Q_ij/tau) / Z_i - 1/|P(i)| ] for j in P(i)
+    # D_ij = 1/tau exp(s_ij/tau) / Z_i for j in N(i)
     exponents = torch.where(P, _Q(s, margin), s) / temperature
     softmax = exponents.masked_fill(~(P | N), -math.inf).softmax(dim=1)         # exp(...) / Z_i
     dL_ds = (softmax - P.to(f) / _size(P)[:, None]) / temperature
-    # and 0 for j in R(i), where Q is constant, and for an anchor without positives
-    D = torch.where(~saturated(f, y, margin) & P.any(dim=1, keepdim=True), dL_ds, 0)
+    # D_ij = 0 for j in R(i), because Q is constant there, and for an anchor without positives
+    has_gradient = ~saturated(f, y, margin) & P.any(dim=1, keepdim=True)
+    D = torch.where(has_gradient, dL_ds, 0)
     return (D + D.T) @ f
 
 
 # --------------------------------------------------------------------------- margins (Fig. 4a)
 
 def margins(m0, mL, L, decay="linear"):
-    """The margin of each of L layers, a list of floats from m0 (first) to mL (last), Fig. 4a.
+    """The margins of L layers, Fig. 4a: a list of floats from m0 (first layer) to mL (last layer).
 
-    decay: "linear" as in the paper, or as in the authors' code "parabolic", "cosine", "exponential"
-    (needs m0 > 0). Raises ValueError for L < 1, a margin outside 0..2 or another decay.
+    decay is "linear" (the paper's), "parabolic", "cosine" or "exponential" (the authors' code's; it
+    needs m0 > 0). Raises ValueError for L < 1, margins outside 0..2, and an unknown decay.
     """
     if L < 1 or not (0 <= m0 <= 2 and 0 <= mL <= 2):
-        raise ValueError(f"margins need L >= 1 and m0, mL in 0..2; got L = {L}, {m0} and {mL}")
+        raise ValueError(f"need L >= 1, m0 and mL in 0..2; got L = {L}, m0 = {m0}, mL = {mL}")
     if decay == "exponential" and m0 == 0:
-        raise ValueError("the exponential decay m0 (mL/m0)^t needs m0 > 0")
+        raise ValueError("the exponential decay, m0 (mL/m0)^t, needs m0 > 0")
     curves = {
         "linear": lambda t: m0 + (mL - m0) * t,
         "parabolic": lambda t: mL + (m0 - mL) * (1 - t) ** 2,
@@ -251,4 +255,4 @@ def margins(m0, mL, L, decay="linear"):
     }
     if decay not in curves:
         raise ValueError(f"decay must be one of {', '.join(curves)}; got {decay!r}")
-    return [curves[decay](l / max(L - 1, 1)) for l in range(L)]     # one layer alone has m0
+    return [curves[decay](l / max(L - 1, 1)) for l in range(L)]     # a single layer has m0

@@ -1,11 +1,11 @@
-"""The paper as tests, in its order: losses, gradients, networks, Algorithm 1, settings, results.
+"""Tests of the paper in its own order: losses, gradients, networks, Algorithm 1, settings, results.
 
     python -m pytest -q                         all tests of the project, in a few minutes
     python -m pytest -q test_cff.py             this file, in less than a minute
     python -m pytest -q -k eq18                 one equation, table, figure or algorithm
 
 Each loss is compared with a slow, plain version in float64, and each gradient with automatic
-differentiation of that version. A failing assertion names the equation and the expected value.
+differentiation of that version. A failing test names the equation and the expected value.
 """
 import copy
 import math
@@ -23,11 +23,11 @@ import train
 import vit
 
 TAU = pytest.mark.parametrize("tau", [1.0, 0.15])
-torch.set_num_threads(1)                # on a busy machine, two threads wait for each other
+torch.set_num_threads(1)                # on a busy machine, threads wait for each other
 
 
 def batch(seed, n=12, E=3, classes=3):
-    """Random unit rows f (n, E) in float64 and labels; with E = 3 some rows are close together."""
+    """Random rows f (n, E) of length 1 in float64, and labels. For E = 3 some rows are similar."""
     g = torch.Generator().manual_seed(seed)
     f = normalize(torch.randn(n, E, dtype=torch.float64, generator=g), dim=1)
     return f, torch.randint(classes, (n,), generator=g)
@@ -40,7 +40,7 @@ def sets(y, i):
 
 
 def slow_anchor_loss(f, y, i, m, tau):
-    """L_i of Eq. 17, written as sums over P(i) and N(i)."""
+    """L_i of Eq. 17, computed by sums over P(i) and N(i)."""
     P, N = sets(y, i)
     Q = {p: torch.clamp(f[i] @ f[p] + m, max=1) for p in P}
     Z = sum(torch.exp(Q[p] / tau) for p in P) + sum(torch.exp(f[i] @ f[n] / tau) for n in N)
@@ -54,8 +54,8 @@ def slow_loss(f, y, m, tau):
 
 
 def check(got, expected, what, tolerance=1e-10):
-    """Assert that two tensors have the same shape and type and, up to `tolerance`, the same
-    numbers. The message begins with `what`, the equation, and ends with the largest difference."""
+    """Assert that two tensors have the same shape and dtype, and equal numbers up to `tolerance`.
+    The message begins with `what` (the equation) and ends with the largest difference."""
     def kind(tensor):
         return f"shape {tuple(tensor.shape)} and {tensor.dtype}"
     assert kind(got) == kind(expected), f"{what}: expected {kind(expected)}; got {kind(got)}"
@@ -68,16 +68,16 @@ def check(got, expected, what, tolerance=1e-10):
 
 
 def gradient(value, x):
-    """dvalue/dx; an assertion fails with an explanation if the value has no graph."""
-    assert value.requires_grad, ("the gradient of Eqs. 1-17: this value has no graph; detach(), "
-                                 ".data, .item() and torch.tensor() remove it")
+    """dvalue/dx. Asserts that the value has a graph."""
+    assert value.requires_grad, ("Eqs. 1-17: the result has no graph, so it has no gradient; "
+                                 "detach(), .data, .item() and torch.tensor() remove the graph")
     return torch.autograd.grad(value, x)[0]
 
 
 # ------------------------------------------------- Section 3.1: Eqs. 1 and 2, Section 3.3: Eq. 7
 
 def goodness_pair(seed=0, B=6):
-    """Goodness (B,) with true and with wrong labels, in float64, between 0 and 4."""
+    """Random goodness (2, B) with true and with wrong labels, in float64, between 0 and 4."""
     g = torch.Generator().manual_seed(seed)
     return 4 * torch.rand(2, B, dtype=torch.float64, generator=g)
 
@@ -92,11 +92,11 @@ def test_eq1_goodness_is_the_mean_of_squares():
 @pytest.mark.parametrize("threshold", [2.0, 0.5])
 def test_eq2_is_binary_cross_entropy_with_logits(threshold):
     g_pos, g_neg = goodness_pair().requires_grad_()
-    logits, real = torch.cat([g_pos, g_neg]) - threshold, torch.arange(12) < 6
-    expected = binary_cross_entropy_with_logits(logits, real.double())
+    logits = torch.cat([g_pos, g_neg]) - threshold
+    expected = binary_cross_entropy_with_logits(logits, (torch.arange(12) < 6).double())
     got = losses.ff_loss(g_pos, g_neg, threshold)
-    check(got, expected, "Eq. 2, log(1 + exp(theta - G^pos)) + log(1 + exp(G^neg - theta)), the "
-          "mean of its 2B terms")
+    check(got, expected, "Eq. 2: the mean of its 2B terms, log(1 + exp(theta - G^pos)) and "
+          "log(1 + exp(G^neg - theta))")
     check(gradient(got, g_pos), gradient(expected, g_pos), "the gradient of Eq. 2")
     assert losses.ff_loss(torch.tensor([-1e4]), torch.tensor([1e4])) == 1e4, \
         "Eq. 2: log(1 + exp(x)) must not overflow (softplus)"
@@ -118,23 +118,23 @@ def test_eq9_is_eq8_with_the_goodness_of_eq5_and_eq6():
     n = [sets(y, i)[1][0] for i in range(len(y))]
     g_pos, g_neg = (f * f[p]).sum(dim=1), (f * f[n]).sum(dim=1)                     # Eqs. 5, 6
     eq9 = -torch.log(torch.exp(g_pos) / (torch.exp(g_pos) + torch.exp(g_neg)))
-    check(losses.symba_loss(g_pos, g_neg), eq9.mean(), "Eq. 9, and for any goodness Eq. 8")
+    check(losses.symba_loss(g_pos, g_neg), eq9.mean(), "Eq. 9, which is Eq. 8 with this goodness")
 
 
-def test_eq12_is_eq11_with_the_means_of_eq10_plus_a_constant_if_P_and_N_are_of_one_size():
+def test_eq12_is_eq11_with_eq10_plus_a_constant_if_P_and_N_have_equal_sizes():
     f, y = batch(0, n=5)[0], torch.tensor([0, 0, 0, 1, 2])      # the last two have no positive
     eq11 = 0
     for i in range(3):
         P, N = sets(y, i)
         mean_P, mean_N = torch.exp(f[P] @ f[i]).mean(), torch.exp(f[N] @ f[i]).mean()   # Eq. 10
         eq11 -= torch.log(mean_P / (mean_P + mean_N)) / 3
-    check(losses.inner_contrastive_loss(f, y, 1.0), eq11 + math.log(2), "Eq. 12, Eq. 11 + ln |P|")
+    check(losses.inner_contrastive_loss(f, y, 1.0), eq11 + math.log(2), "Eq. 12 = Eq. 11 + ln |P|")
 
 
 # ------------------------------------------------------------------ Section 3.1: Eqs. 3 and 12
 
 def double_loop(f, y, tau, inner):
-    """Eq. 3, or Eq. 12 if inner, as sums over i, p and a."""
+    """Eq. 3, or Eq. 12 if inner=True, computed by sums over i, p and a."""
     L = []
     for i in range(len(y)):
         P, N = sets(y, i)
@@ -148,12 +148,13 @@ def double_loop(f, y, tau, inner):
 
 def check_loss(loss_function, slow_version, seed, tau, equation, formula):
     f, y = batch(seed)
-    f, y[0] = f.requires_grad_(), 99                    # anchor 0 has no positive: not counted
+    y[0] = 99                                           # anchor 0 has no positive: not counted
+    f.requires_grad_()
     got, expected = loss_function(f, y, temperature=tau), slow_version(f, y, tau=tau)
-    check(got, expected, f"{equation}, {formula}, A(i) without i itself, the mean over the anchors "
-          "that have a positive")
+    check(got, expected, f"{equation}, {formula}; i is not in A(i); the loss is the mean over the "
+          "anchors that have a positive")
     check(gradient(got, f), gradient(expected, f), f"the gradient of {equation} by automatic "
-          "differentiation, in a batch where one P(i) is empty")
+          "differentiation; one P(i) of this batch is empty")
     assert loss_function(f.float(), y, temperature=0.001).isfinite(), \
         f"{equation}: exp(s/tau) must not overflow (logsumexp)"
 
@@ -177,7 +178,7 @@ def test_eq12_is_a_double_loop(tau, seed):
 def test_eq12_is_at_most_eq3_by_jensen(tau, seed):
     f, y = batch(seed)
     inner, outer = losses.inner_contrastive_loss(f, y, tau), losses.contrastive_loss(f, y, tau)
-    assert inner < outer, f"Eq. 12 gave {inner}, Eq. 3 {outer}; by Jensen, Eq. 12 is the smaller"
+    assert inner < outer, f"Eq. 12 must be less than Eq. 3 (Jensen): got {inner} and {outer}"
 
 
 # ---------------------------------------------------------------------- Section 3.5: Eqs. 14-17
@@ -195,7 +196,7 @@ def test_eq15_to_eq17_are_a_double_loop(m, seed, tau):
 def test_eq14_margin_zero_is_eq3(tau):
     f, y = batch(0)
     check(losses.marginal_contrastive_loss(f, y, 0.0, tau), losses.contrastive_loss(f, y, tau),
-          "Eq. 14, at m = 0 Eq. 17 is Eq. 3")
+          "Eq. 14: at m = 0, Eq. 17 is Eq. 3")
 
 
 SAME = normalize(torch.ones(10, 4, dtype=torch.float64), dim=1)     # 2B identical rows:
@@ -206,14 +207,14 @@ SAME_LOSS = torch.tensor(2 * 5 - 1).double().log()
 @TAU
 def test_eq3_of_a_collapsed_layer_is_ln_2B_minus_1(tau):
     check(losses.contrastive_loss(SAME, SAME_Y, tau), SAME_LOSS,
-          "Eq. 3 of identical rows, ln(2B - 1)")
+          "Eq. 3 for identical rows is ln(2B - 1)")
 
 
 @TAU
 @pytest.mark.parametrize("m", [0.0, 0.4, 2.0])
 def test_eq17_of_a_collapsed_layer_is_ln_2B_minus_1(m, tau):
     check(losses.marginal_contrastive_loss(SAME, SAME_Y, m, tau), SAME_LOSS,
-          "Eq. 17 of identical rows, ln(2B - 1)")
+          "Eq. 17 for identical rows is ln(2B - 1)")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -233,7 +234,7 @@ def test_section_3_5_saturated_pairs_are_positives_above_1_minus_m():
     for i in range(len(y)):
         P, N = sets(y, i)
         assert R[i].nonzero()[:, 0].tolist() == [p for p in P if f[i] @ f[p] > 1 - 0.4], \
-            f"Sec. 3.5: R({i}), the positives of {i} with s > 1 - m"
+            f"Sec. 3.5: R({i}) must have the positives of row {i} with s > 1 - m, and no others"
 
 
 # ------------------------------------------------------- Section 3.5 and A.1: Eqs. 18, A.1-A.7
@@ -242,14 +243,13 @@ M = 0.4                                 # the margin of these tests
 
 
 def mixed_batch(seed):
-    """A batch f, y and its R; for the seeds used here some positives are saturated, not all."""
+    """A batch f, y and its R. For seeds 0 to 3 some positives are saturated, and some are not."""
     f, y = batch(seed)
-    R = losses.saturated(f, y, M)
-    return f, y, R
+    return f, y, losses.saturated(f, y, M)
 
 
 def autograd_row(f, y, i, k, tau):
-    """dL_i/df_k by automatic differentiation of the double loop."""
+    """dL_i/df_k, by automatic differentiation of `slow_anchor_loss`."""
     rows = f.clone().requires_grad_()
     return torch.autograd.grad(slow_anchor_loss(rows, y, i, M, tau), rows)[0][k]
 
@@ -308,7 +308,7 @@ def test_a5_a_saturated_positive_gets_nothing(tau, seed):
     f, y, R = mixed_batch(seed)
     for i, k in R.nonzero().tolist():
         check(losses.grad_positive(f, y, i, k, M, tau), torch.zeros(3).double(),
-              f"Eq. A.5, a saturated pair moves nothing, i = {i}, k = {k}", 0)
+              f"Eq. A.5: a saturated pair has no gradient, i = {i}, k = {k}", 0)
 
 
 @TAU
@@ -338,14 +338,14 @@ def test_eq18_of_an_anchor_without_positives_is_zero():
     f, y = batch(0)
     y[0] = 99
     check(losses.grad_anchor(f, y, 0, M, 0.15), torch.zeros(3).double(),
-          "Eq. 18 of an anchor with an empty P(k)", 0)
+          "Eq. 18 for an anchor with an empty P(k)", 0)
 
 
 def test_a7_of_an_anchor_without_positives_is_zero():
     f, y = batch(0)
     y[0] = 99
     check(losses.grad_negative(f, y, 0, 1, M, 0.15), torch.zeros(3).double(),
-          "Eq. A.7 of an anchor with an empty P(i)", 0)
+          "Eq. A.7 for an anchor with an empty P(i)", 0)
 
 
 @TAU
@@ -371,7 +371,7 @@ def test_training_with_hand_derived_gradients_matches_autograd(small):
         f.backward(losses.marginal_contrastive_grad(f.detach(), y, M, 0.15) / len(y))
         torch.optim.AdamW(layer.parameters(), lr=0.01).step()
         x1 = f1.detach()
-    close_weights(model, twin, "after one step with the gradient derived by hand")
+    close_weights(model, twin, "after one step, with autograd and with the gradient by hand")
 
 
 KINK = torch.tensor([[1.0, 0.0], [0.5, 0.75 ** 0.5], [-1.0, 0.0]], dtype=torch.float64)
@@ -393,33 +393,33 @@ def test_exactly_at_the_kink_the_gradient_flows():
 def test_eq18_exactly_at_the_kink():
     expected = -KINK[1] + (math.e * KINK[1] + math.exp(-1) * KINK[2]) / KINK_Z
     check(losses.grad_anchor(KINK, KINK_Y, 0, 0.5, 1.0), expected,
-          "Eq. 18 at s = 1 - m, where R is empty")
+          "Eq. 18 at s = 1 - m, where R(k) is empty")
 
 
 def test_a6_exactly_at_the_kink():
     expected = (-1 + math.e / KINK_Z) * KINK[0]
     check(losses.grad_positive(KINK, KINK_Y, 0, 1, 0.5, 1.0), expected,
-          "Eq. A.6 at s = 1 - m, where R is empty")
+          "Eq. A.6 at s = 1 - m, where R(i) is empty")
 
 
 # --------------------------------------------------------------------- Section 4.1: Fig. 4a
 
 @pytest.mark.parametrize("arguments, expected", [
     ((0.4, 0.1, 8), [0.4 - 0.3 * l / 7 for l in range(8)]), ((0.4, 0.1, 1), [0.4]),
-    ((0, 2, 2), [0, 2]), ((2, 0, 2), [2, 0]),                       # 0..2, both included
+    ((0, 2, 2), [0, 2]), ((2, 0, 2), [2, 0]),                       # 0 and 2 are allowed
     ((0.4, 0.1, 4, "parabolic"), [0.4, 0.1 + 0.3 * 4 / 9, 0.1 + 0.3 / 9, 0.1]),
     ((0.4, 0.1, 5, "cosine"), [0.4, 0.25 + 0.15 * 0.5 ** 0.5, 0.25, 0.25 - 0.15 * 0.5 ** 0.5, 0.1]),
     ((0.4, 0.1, 3, "exponential"), [0.4, 0.2, 0.1]),
     ((2.5, 0.1, 3), None), ((-0.1, 0.1, 3), None), ((0.4, 2.5, 3), None), ((0.4, -0.1, 3), None),
     ((0.4, 0.1, 0), None), ((0.4, 0.1, 3, "steep"), None), ((0.0, 0.1, 3, "exponential"), None),
-])                                                      # None: a ValueError
+])                                                      # None means a ValueError
 def test_fig4a_margins(arguments, expected):
     try:
         got = losses.margins(*arguments)
     except ValueError:
         got = None
     assert got == pytest.approx(expected), \
-        f"Fig. 4a: margins{arguments} is {expected}, from layer 1 to layer L; got {got}"
+        f"Fig. 4a: margins{arguments} must be {expected} (None: a ValueError); got {got}"
 
 
 # ------------------------------------------------------------------ Section 3.4: the networks
@@ -427,14 +427,14 @@ def test_fig4a_margins(arguments, expected):
 def test_patches_put_back_together_are_the_image():
     images = torch.randn(2, 3, 8, 12)
     patches = vit.patchify(images, 4)
-    assert patches.shape == (2, 6, 48), ("patching: 8 x 12 pixels of 3 channels are 6 patches of "
-                                         f"48 numbers; got {patches.shape}")
-    check(fold(patches.transpose(1, 2), (8, 12), 4, stride=4), images,
-          "patching: patches row by row, each one channel after the other, put back by fold", 0)
+    assert patches.shape == (2, 6, 48), ("patching: 2 images of 3 x 8 x 12 give 6 patches of 48 "
+                                         f"numbers each, (2, 6, 48); got {tuple(patches.shape)}")
+    check(fold(patches.transpose(1, 2), (8, 12), 4, stride=4), images, "patching: the image, put "
+          "back by fold; patches go row by row, the numbers of a patch channel by channel", 0)
 
 
 def load_torchs(ours, theirs):
-    """Copy the weights of one of torch's modules to ours, which has other names for them."""
+    """Copy the weights of a torch module to our module, which has other names for them."""
     state = {}
     for name, value in theirs.state_dict().items():
         for old, new in (("self_attn", "attention"), ("in_proj_", "qkv."), ("out_proj", "out"),
@@ -446,7 +446,7 @@ def load_torchs(ours, theirs):
 
 @pytest.fixture
 def torchs_layer():
-    """torch's encoder layer, also with random biases and scales, which are 0 and 1 otherwise."""
+    """torch's encoder layer. Its biases (at first 0) and scales (at first 1) are random, too."""
     layer = torch.nn.TransformerEncoderLayer(12, 3, 24, dropout=0, activation="gelu",
                                              norm_first=True, batch_first=True).double()
     for p in layer.parameters():
@@ -481,11 +481,11 @@ def test_fig3_projection_and_position_belong_to_layer_1():
     embedding, encoder = model.layers[0]
     z = torch.relu(x @ embedding.projection.weight.T + embedding.projection.bias)
     check(model.layers[0](x), encoder(z + embedding.position),
-          "f_1 = encoder_layer_1(MLP_proj(x) + E_pos)", 1e-6)
+          "Fig. 3: f_1 = encoder_layer_1(MLP_proj(x) + E_pos)", 1e-6)
     assert [len(list(layer.parameters())) for layer in model.layers] == [15, 12, 12]
 
 
-def test_table5_class_token_comes_first_and_is_what_pool_returns():
+def test_table5_class_token_comes_first_and_pool_returns_it():
     model = vit.build_model("vit-8-2-1", (3, 8, 8), 10, pool="token")
     x = model.patches(torch.randn(2, 3, 8, 8))
     h = model.layers[0](x)
@@ -523,12 +523,12 @@ def test_fig2c_eq4_a_random_vector_follows_the_pixels():
 
 @pytest.mark.parametrize("name, labels", [("vit-8-2-2", "patch"), ("mlp-8-2", "random"),
                                           ("mlp-8-2", "one-hot")])
-def test_fig2_labels_differ_are_saved_and_fixed_and_others_are_rejected(name, labels):
+def test_fig2_labels_are_distinct_saved_and_fixed_and_unknown_ones_are_rejected(name, labels):
     model = vit.build_model(name, (3, 16, 16), 200, labels=labels)
     table = model.labels[:200]
     assert (torch.cdist(table, table) + 1e9 * torch.eye(200)).min() > 1
-    assert torch.equal(model.state_dict()["labels"], model.labels), "part of the saved model"
-    assert "labels" not in dict(model.named_parameters()), "fixed: no optimizer reaches it"
+    assert torch.equal(model.state_dict()["labels"], model.labels), "Fig. 2: labels are saved"
+    assert "labels" not in dict(model.named_parameters()), "Fig. 2: labels are not trained"
     with pytest.raises(ValueError, match="labels must be 0..199, or -1 for neutral"):
         model.patches(torch.zeros(2, 3, 16, 16), torch.tensor([0, 200]))
 
@@ -536,7 +536,7 @@ def test_fig2_labels_differ_are_saved_and_fixed_and_others_are_rejected(name, la
 # ------------------------------------------------------- Section 3.3: Algorithm 1, left; Figs. 1, 8
 
 def small_case(name="vit-8-2-3", labels=None):
-    """A small model, one optimizer per layer, six images of three classes, noise as `augment`."""
+    """A small model, an optimizer per layer, six images in three classes, `augment` with noise."""
     torch.manual_seed(0)
     model = vit.build_model(name, (3, 8, 8), 3, labels=labels).double()
     optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in model.layers]
@@ -565,32 +565,32 @@ def close_weights(model, twin, what):
 
 
 def pooled(f):
-    """Eq. 13 where there are tokens: (B, T, E) or (B, E) -> (B, E)."""
+    """Eq. 13 for (B, T, E), or an MLP's output (B, E) as it is: -> (B, E)."""
     return f.mean(dim=1) if f.dim() == 3 else f
 
 
 def inputs_of(layer):
-    """A list that collects the layer's inputs, one for each forward pass."""
+    """A list that collects the inputs of a layer, one entry per forward pass."""
     inputs = []
     layer.register_forward_hook(lambda layer, x, h: inputs.append(x[0]))
     return inputs
 
 
 def gradients_of(model):
-    """Whether each layer holds a gradient: a list of bool."""
+    """For each layer, whether it has a gradient: a list of bool."""
     return [any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
             for layer in model.layers]
 
 
 def check_local(train_step, model, optimizers, algorithm):
-    """Assert that the optimizers step in turn, each while only its own layer has a gradient."""
+    """Assert that the optimizers step in order, each while only its own layer has a gradient."""
     steps = []
 
     def watched_step(l, step):
         holds = gradients_of(model)
         assert holds == [other == l for other in range(len(optimizers))], \
-            f"{algorithm}: at optimizers[{l}].step() the layers have gradients: {holds}; a layer " \
-            "gets one only from its own loss, and is updated before the next layer runs"
+            f"{algorithm}: at optimizers[{l}].step() only layers[{l}] may have a gradient: " \
+            f"each layer has its own loss. Which layers have a gradient: {holds}"
         step()
         optimizers[l].zero_grad()                       # for the check of the next layer
         steps.append(l)
@@ -598,13 +598,13 @@ def check_local(train_step, model, optimizers, algorithm):
     for l, optimizer in enumerate(optimizers):
         optimizer.step = partial(watched_step, l, optimizer.step)
     train_step()
-    assert steps == [0, 1, 2], f"{algorithm}: the optimizers that made a step are {steps}"
+    assert steps == [0, 1, 2], f"{algorithm}: optimizers 0, 1, 2 must step in order; got {steps}"
 
 
 def test_eq13_is_the_mean_of_the_patches():
     model, _, x, _, _ = small_case()
     f1 = model.layers[0](model.patches(x))                          # (B, #P, E)
-    check(model.pool(f1), sum(f1[:, j] for j in range(4)) / 4, "Eq. 13, the mean of #P = 4")
+    check(model.pool(f1), sum(f1[:, j] for j in range(4)) / 4, "Eq. 13, the mean over #P = 4")
 
 
 @pytest.mark.parametrize("name", ["vit-8-2-3", "mlp-8-3"])
@@ -626,17 +626,17 @@ def test_algorithm1_left_line_by_line(views, name):
             twin_optimizers[l].step()
             inputs = [output.detach() for output in outputs]        # from before the update
             expected.append(loss.detach())
-        assert got.shape == (3,) and not got.requires_grad, "Algorithm 1: L losses, no graph"
+        assert got.shape == (3,) and not got.requires_grad, "Algorithm 1: return L losses, detached"
         check(got, torch.stack(expected),
-              f"Algorithm 1, {name}, the losses of the layers in step {step}")
-        close_weights(model, twin, f"after step {step} of Algorithm 1, {name}")
+              f"Algorithm 1: the losses of the layers of {name} in step {step}")
+        close_weights(model, twin, f"of {name} after step {step} of Algorithm 1")
 
 
 def test_algorithm1_is_local(small):
     model, optimizers, x, y, augment = small
     check_local(lambda: cff.cff_step(model, optimizers, x, y, augment, [0.4, 0.25, 0.1], 0.15),
                 model, optimizers, "Algorithm 1")
-    assert all(p.grad is None for p in model.head.parameters()), "Algorithm 1 leaves the head alone"
+    assert all(p.grad is None for p in model.head.parameters()), "Algorithm 1: no head is trained"
 
 
 def test_table6_one_view_is_one_forward_pass(small):
@@ -644,7 +644,7 @@ def test_table6_one_view_is_one_forward_pass(small):
     inputs = [inputs_of(layer) for layer in model.layers]
     cff.cff_step(model, optimizers, x, y, augment, [0.4, 0.25, 0.1], 0.15, views=1)
     assert [len(torch.cat(read)) for read in inputs] == [6, 6, 6], \
-        "Algorithm 1 with views=1 (Table 6): one forward pass of each image"
+        "Algorithm 1 with views=1 (Table 6): each layer must process each of the 6 images once"
 
 
 def whole_encoder(model, x):
@@ -654,14 +654,14 @@ def whole_encoder(model, x):
 
 def test_prediction_is_one_pass_and_stage_2_of_fig3_trains_only_the_head(small):
     model, _, x, y, _ = small
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)      # even if it could reach all
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)      # it could change all weights
     layers, head = weights(model.layers), weights(model.head)
     scores = model.head(whole_encoder(model, x + 1))
     inputs = inputs_of(model.layers[0])
-    check(cff.predict(model, x + 1, "cff"), scores, "scores of the head")
+    check(cff.predict(model, x + 1, "cff"), scores, "prediction: the head's scores")
     got = cff.head_step(model, optimizer, x, y, lambda x: x + 1)
-    check(got, cross_entropy(scores, y).detach(), "their cross-entropy, with one augmented view")
-    assert len(inputs) == 2, "one forward pass each"
+    check(got, cross_entropy(scores, y).detach(), "stage 2: cross-entropy of one view")
+    assert len(inputs) == 2, "prediction and stage 2 take one forward pass each"
     assert same(layers, weights(model.layers)) and not same(head, weights(model.head))
 
 
@@ -683,20 +683,20 @@ def test_fig1_bp_and_scl_backpropagate_through_all_layers(small, method):
         twin_optimizer.zero_grad()
         loss.backward()
         twin_optimizer.step()
-        check(got, loss.detach(), "the loss")
-        close_weights(model, twin, "after a step of SGD")
+        check(got, loss.detach(), f"the loss of {method}")
+        close_weights(model, twin, f"after a step of {method} with SGD")
 
 
 # -------------------------------------- Section 3.3: Algorithm 1, right; SymBa; FF Collab; Table 2
 
 @pytest.fixture(params=["vit-8-2-3", "mlp-8-3"])
 def labelled(request):
-    """As `small`, with a model that takes labels."""
+    """Like `small`, with a model that takes labels."""
     return small_case(request.param, "patch" if request.param.startswith("vit") else "one-hot")
 
 
 def outputs_by_hand(model, x, y):
-    """Each layer's pooled output in Algorithm 1, right; the next input is the output / its norm."""
+    """Each layer's pooled output in Algorithm 1, right. The next layer gets output / norm."""
     h, outputs = model.patches(x, y), []
     for layer in model.layers:
         f = layer(h)
@@ -706,7 +706,7 @@ def outputs_by_hand(model, x, y):
 
 
 def goodness_by_hand(model, x, y):
-    """Goodness of these outputs, (L, B): means of squares."""
+    """The goodness (L, B) of these outputs: the mean of their squares."""
     return torch.stack([(f ** 2).mean(dim=1) for f in outputs_by_hand(model, x, y)]).detach()
 
 
@@ -717,13 +717,13 @@ def test_wrong_labels_are_never_right_uniform_and_seeded():
     assert not counts.diagonal().any(), "Algorithm 1, right: a wrong label must not be the true one"
     others = counts[~torch.eye(5, dtype=torch.bool)]
     assert (others - 1000).abs().max() < 5 * 1000 ** 0.5, \
-        f"Algorithm 1, right: each other class about 1000 times; got {others.tolist()}"
+        f"Algorithm 1, right: each wrong label must occur about 1000 times; got {others.tolist()}"
     assert torch.equal(wrong, cff.wrong_labels(y, 5, torch.Generator().manual_seed(0))), \
-        "Algorithm 1, right: the same generator gives the same wrong labels"
+        "Algorithm 1, right: generators with the same seed must give the same wrong labels"
 
 
 def step_with_labels(method, model, optimizers, x, y, augment):
-    """One step of FF, SymBa or FF Collab, with wrong labels drawn from seed 5."""
+    """One step of FF, SymBa or FF Collab. The generator of the wrong labels has seed 5."""
     generator = torch.Generator().manual_seed(5)
     if method == "collab":
         return cff.collab_step(model, optimizers, x, y, augment, 2.0, generator)
@@ -734,10 +734,10 @@ def step_with_labels(method, model, optimizers, x, y, augment):
 @pytest.mark.parametrize("method", ["ff", "symba", "collab"])
 def test_algorithm1_right_line_by_line(labelled, method):
     model, optimizers, x, _, _ = labelled
-    y, twin = torch.tensor([0, 1, 1, 0, 1, 0]), copy.deepcopy(model)            # none of class 2
+    y, twin = torch.tensor([0, 1, 1, 0, 1, 0]), copy.deepcopy(model)            # class 2 is absent
     y_wrong = cff.wrong_labels(y, 3, torch.Generator().manual_seed(5))
     twin_optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in twin.layers]
-    draws = iter([1, 2])                                # one draw of augment in each step
+    draws = iter([1, 2])                                # augment draws once per step
     for draw in (1, 2):
         got = step_with_labels(method, model, optimizers, x, y, lambda x: x + next(draws))
         view, expected = x + draw, []
@@ -758,10 +758,10 @@ def test_algorithm1_right_line_by_line(labelled, method):
             x1 = torch.stack([f / (f ** 2).sum().sqrt() for f in f1]).detach()
             x2 = torch.stack([f / (f ** 2).sum().sqrt() for f in f2]).detach()
             expected.append(loss.detach())
-        assert got.shape == (3,) and not got.requires_grad, "Algorithm 1, right: L losses, no graph"
+        assert got.shape == (3,) and not got.requires_grad, "Algorithm 1, right: L losses, detached"
         check(got, torch.stack(expected),
-              f"Algorithm 1, right: the losses of the layers, {method}, step {draw}")
-        close_weights(model, twin, f"after step {draw} of Algorithm 1, right: {method}")
+              f"Algorithm 1, right: the losses of the layers in step {draw} of {method}")
+        close_weights(model, twin, f"after step {draw} of {method} (Algorithm 1, right)")
 
 
 @pytest.mark.parametrize("method", ["ff", "symba", "collab"])
@@ -785,18 +785,18 @@ def test_prediction_by_goodness_takes_one_pass_per_class(labelled):
 def test_table2_head_reads_all_layers_except_the_first_with_the_neutral_label(labelled):
     model, _, x, y, _ = labelled
     f = torch.cat(outputs_by_hand(model, x, torch.full((6,), -1))[1:], dim=1)
-    check(cff.predict(model, x, "ff", head=True), model.head(f), "scores of the head")
+    check(cff.predict(model, x, "ff", head=True), model.head(f), "Table 2: the head's scores")
 
 
 # ------------------------------------------------ Section 4: the settings of the tables, the data
 
 def settings_of(*flags, out="no-such-run"):
-    """The settings that train.py has with these flags."""
+    """The settings of train.py for these flags."""
     return train.parse([*map(str, flags), "--out", out])[0]
 
 
 def small_run(monkeypatch, *flags):
-    """A run on a CPU with 180 shapes for training, 20 for validation and 20 for the test."""
+    """A run on a CPU with 180 shapes for training, 20 for validation and 20 for testing."""
     data = *train.draw_shapes(200, seed=1), *train.draw_shapes(20, seed=2)
     monkeypatch.setattr(train, "load_data", lambda dataset, folder: data)
     return train.make_run(settings_of("--device", "cpu", *flags))
@@ -806,7 +806,7 @@ def small_run(monkeypatch, *flags):
 @pytest.mark.parametrize("views", [2, 1])
 @pytest.mark.parametrize("method", ["cff", "cffm", "scl", "ff", "symba", "collab", "bp",
                                     "head of cffm", "head of symba"])
-def test_train_on_and_validate_have_the_losses_of_the_method(monkeypatch, method, views, name):
+def test_train_on_and_validate_return_the_losses_of_the_method(monkeypatch, method, views, name):
     run = small_run(monkeypatch, "--model", name, "--algo", method.split()[-1], "--views", views,
                     "--m0", 0.8, "--mL", 0.2, "--temperature", 0.3, "--threshold", 1.5,
                     "--alpha", 3)
@@ -815,7 +815,7 @@ def test_train_on_and_validate_have_the_losses_of_the_method(monkeypatch, method
     optimizers = train.make_optimizers(twin, run.settings, run.stage)
     without_training = train.validate(run)
     assert not without_training.requires_grad and not any(gradients_of(run.model))
-    assert same(before, weights(run.model)), "validation leaves the weights as they are"
+    assert same(before, weights(run.model)), "validation must not change the weights"
     g, images = run.generator, (*run.val, run.augment)              # x, y, augment
     steps = {
         "cff": lambda: cff.cff_step(twin, optimizers, *images, [0.0, 0.0, 0.0], 0.3, views),
@@ -828,7 +828,7 @@ def test_train_on_and_validate_have_the_losses_of_the_method(monkeypatch, method
         "collab": lambda: cff.collab_step(twin, optimizers, *images, 1.5, g),
         "bp": lambda: cff.bp_step(twin, optimizers[0], *images),
         "head": lambda: cff.head_step(twin, optimizers[0], *images)}
-    g.manual_seed(run.settings.seed)                    # the draws of train.validate
+    g.manual_seed(run.settings.seed)                    # the seed that train.validate uses
     expected = steps[method.split()[0]]()
     check(without_training, expected, "train.validate", 1e-6)
     g.manual_seed(run.settings.seed)
@@ -842,28 +842,28 @@ def test_table1_default_settings_are_the_papers():
     for dataset, model in models.items():
         s = settings_of("--dataset", dataset, "--algo", "ff")
         assert (s.model, s.augment) == (model, "none" if dataset == "mnist" else "crop")
-    assert train.METRIC == {"cifar100": "top5", "tinyimagenet": "top10"}, "elsewhere top1"
+    assert train.METRIC == {"cifar100": "top5", "tinyimagenet": "top10"}, "others: top1"
     expected = dict(batch_size=512, lr=0.004, head_lr=0.0005, epochs=600, head_epochs=50,
                     temperature=0.15, m0=0.4, mL=0.1, decay="linear", views=2, pool="mean",
                     schedule="constant", warmup=0, position_std=1.0, patch_size=4, threshold=2.0,
                     alpha=1.0, weight_decay=0.01, padding=4)
     s = vars(settings_of("--dataset", "cifar10"))
     assert {name: s[name] for name in expected} == expected
-    assert settings_of("--dataset", "tinyimagenet").patch_size == 8, "64 patches as well"
+    assert settings_of("--dataset", "tinyimagenet").patch_size == 8, "also 64 patches"
 
 
-def test_table3_bp_has_its_learning_rate_and_randaugment_comes_before_the_crop(monkeypatch):
+def test_table3_bp_has_its_own_learning_rate_and_randaugment_precedes_the_crop(monkeypatch):
     assert settings_of("--dataset", "cifar10", "--algo", "bp").lr == 0.0005
     monkeypatch.setattr(train, "rand_augment", lambda images, generator: 255 - images)
     x = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(augment_only("crop+randaug")(x), augment_only("crop")(255 - x))
 
 
-def test_table4_missing_data_and_an_exact_share_of_wrong_labels():
+def test_table4_missing_data_and_an_exact_fraction_of_wrong_labels():
     images, y = torch.arange(1000)[:, None, None, None], torch.arange(1000) % 10
     for rows, noisy in train.split(images, y, settings_of("--label-noise", 0.4), 10):
         wrong = (noisy != y[rows.flatten()]).sum()
-        assert wrong == round(0.4 * len(noisy)), "40 % are wrong, in training and validation"
+        assert wrong == round(0.4 * len(noisy)), "40 % are wrong, in both parts"
     half = train.split(images, y, settings_of("--missing", 0.5), 10)
     assert [len(labels) for _, labels in half] == [450, 50]
 
@@ -881,7 +881,7 @@ def test_section_4_split_is_90_to_10_disjoint_and_seeded():
 
 
 def augment_only(kind, padding=2, fill="zeros"):
-    """make_augment without its normalisation: uint8 images -> uint8 images."""
+    """train.make_augment without normalisation: uint8 images -> uint8 images."""
     augment = train.make_augment(kind, padding, [0.0] * 3, [1.0] * 3,
                                  torch.Generator().manual_seed(0), fill=fill)
     return lambda images: (255 * augment(images)).round().to(torch.uint8)
@@ -894,20 +894,20 @@ def test_section_4_each_image_has_its_own_flip_and_crop(fill, mode):
     for new, old in zip(crops, pad(images.float(), [2] * 4, mode=mode).to(torch.uint8)):
         found = [(r, c, flip) for r in range(5) for c in range(5) for flip in (False, True)
                  if torch.equal(new.flip(2) if flip else new, old[:, r:r + 8, c:c + 8])]
-        assert len(found) == 1, "each image is one window of its own padded image"
+        assert len(found) == 1, "each crop is one window of its own padded image"
         windows.add(found[0][:2])
         flips += found[0][2]
-    assert len(windows) == 25, "every window occurs"
+    assert len(windows) == 25, "all 25 windows occur"
     assert 60 < flips < 140, "each image is flipped with probability 1/2"
 
 
-def test_table3_randaugment_is_torchvisions_and_leaves_each_image_in_its_place(monkeypatch):
+def test_table3_randaugment_is_torchvisions_and_keeps_the_order_of_the_images(monkeypatch):
     def invert(num_ops, magnitude):
         assert (num_ops, magnitude) == (1, 14)
         return lambda images: 255 - images
     monkeypatch.setattr(train.v2, "RandAugment", invert)
     x = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(train.rand_augment(x, torch.Generator()), 255 - x), "three inversions"
+    assert torch.equal(train.rand_augment(x, torch.Generator()), 255 - x), "inverted three times"
 
 
 def test_table3_randaugment_regroups_the_images_for_each_operation():
@@ -915,15 +915,15 @@ def test_table3_randaugment_regroups_the_images_for_each_operation():
     generator, before = torch.Generator().manual_seed(0), torch.get_rng_state()
     once = train.rand_augment(images, generator, num_ops=1, groups=4).unique(dim=0)
     thrice = train.rand_augment(images, generator, num_ops=3, groups=4).unique(dim=0)
-    assert 1 < len(once) <= 4 < len(thrice), "all images are equal, so results differ by draws only"
-    assert torch.equal(torch.get_rng_state(), before), "the global generator stays as it was"
+    assert 1 < len(once) <= 4 < len(thrice), "equal images differ only by group"
+    assert torch.equal(torch.get_rng_state(), before), "the global generator must not change"
 
 
 # ---------------------------------------------------------- Section 4.2-4.4: Eqs. 19-22, Figs. 5, 6
 
 def test_eq19_eq20_eq21_eq22_fisher_criterion():
     f, y = batch(0, n=40, E=4, classes=3)
-    f = f + torch.eye(3, 4, dtype=f.dtype)[y]           # the classes lie apart
+    f = f + torch.eye(3, 4, dtype=f.dtype)[y]           # moves the classes apart
     groups = [f[y == c] for c in range(3)]
     means = torch.stack([f_c.mean(dim=0) for f_c in groups])                        # Eq. 20
     S_w = sum(torch.cov(f_c.T, correction=0) for f_c in groups)                     # Eqs. 19, 21
@@ -931,7 +931,7 @@ def test_eq19_eq20_eq21_eq22_fisher_criterion():
     expected = pytest.approx(torch.linalg.solve(S_w, S_b).trace().item(), abs=1e-9)     # Eq. 22
     assert evaluation.fisher_criterion(f, y) == expected
     singular = torch.cat([f, torch.zeros(40, 2).double(), f[:, :1]], dim=1)
-    assert evaluation.fisher_criterion(singular, y) == expected, "dead or equal units do not count"
+    assert evaluation.fisher_criterion(singular, y) == expected, "units that are 0 or equal"
 
 
 def test_fig5_row_3_counts_saturated_pairs(monkeypatch):
@@ -943,13 +943,13 @@ def test_fig5_row_3_counts_saturated_pairs(monkeypatch):
         assert row[f"val_saturated_{l + 1}"] == pytest.approx(R / P, abs=1e-6)
 
 
-def test_fig5_row_4_shows_pairs_of_median_cosine():
+def test_fig5_row_4_shows_pairs_with_the_median_cosine():
     f = normalize(torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [1, 1], [1, 2], [2, 1], [3, 1]]), dim=1)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1])
-    assert evaluation.three_images(f, y) == [0, 3, 5], "of 0 < 0.71 < 0.995, and 0.45 < 0.89 < 0.95"
+    assert evaluation.three_images(f, y) == [0, 3, 5], "0, 0.71, 0.995; 0.45, 0.89, 0.95"
 
 
-def test_fig6_convergence_is_99_percent_of_the_fall():
+def test_fig6_convergence_is_99_percent_of_the_drop():
     def log(*losses_of_layer_2):
         return [{"val_loss_1": 7.0, "val_loss_2": value} for value in losses_of_layer_2]
     cff_run, ff_run = settings_of("--algo", "cff"), settings_of("--algo", "ff")
@@ -957,4 +957,4 @@ def test_fig6_convergence_is_99_percent_of_the_fall():
     assert converged(cff_run, log(5, 4.02, 4.011, 4.009, 4, 4.5)) == 4
     three = [{"val_loss_1": a, "val_loss_2": b, "val_loss_3": c}
              for a, b, c in ((9, 1, 1), (0, 1, 0.5), (0, 0.5, 0.5))]
-    assert converged(ff_run, three) == 3, "for FF the sum of all layers except the first"
+    assert converged(ff_run, three) == 3, "for FF: the sum over all layers except the first"

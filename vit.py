@@ -1,20 +1,20 @@
 """The networks of the paper, layer by layer: ViT[E H L] (Section 3.4) and MLP[E L] (Section 4).
 
-    B  images in a batch            #P  patches of an image, D/#P numbers each
-    E  embedding width              T   tokens: patches, a label's, from layer 1 on a class token
-    H  heads, each of width E/H     D   numbers in an image, channels * height * width
-    L  layers
+    B  images in a batch            #P  patches of an image, each of D/#P numbers
+    E  embedding width              T   tokens: patches, and a label patch or class token if used
+    H  heads, each of width E/H     D   numbers in an image: channels * height * width
+    L  layers                       C   channels in `patchify`, elsewhere classes
 
-A model is a list of local layers, each trained by its own loss; data flows through it as
+A model is a list of local layers; each layer is trained by its own loss. Data flows through it as
 
     h = model.patches(images)              # (B, T, D/#P)
     for layer in model.layers:
-        h = layer(h)                       # (B, T, E)     model.pool(h), (B, E), is for the loss
+        h = layer(h)                       # (B, T, E)     the loss of the layer sees model.pool(h)
     scores = model.head(model.pool(h))     # (B, classes)
 
-An MLP has one vector per image where a ViT has tokens: (B, D), then (B, E). A model built with
-`labels`, for FF, SymBa and FF Collab, gets the label with the image, model.patches(images, y), and
-its layers' outputs are normalised before the next layer: see cff.encode.
+An MLP has one vector per image instead of tokens: (B, D), then (B, E). FF, SymBa and FF Collab need
+a model built with `labels`. It takes images and labels, model.patches(images, y), and the output of
+each layer is normalised before the next layer (see cff.encode).
 
     >>> model = build_model("ViT[128 4 5]", image_shape=(3, 32, 32), num_classes=10)
 """
@@ -27,9 +27,7 @@ from torch.nn import functional as F
 
 def patchify(images, patch_size):
     """Cut images (B, C, height, width) into flat patches (B, #P, D/#P), row by row.
-
-    Raises ValueError if patches of this size do not divide the image.
-    """
+    Raises ValueError if height or width is not a multiple of patch_size."""
     B, C, height, width = images.shape
     p = patch_size
     if p < 1 or height % p or width % p:
@@ -41,9 +39,9 @@ def patchify(images, patch_size):
 # --------------------------------------------------------------------------- the encoder layer
 
 class Attention(nn.Module):
-    """Multi-head self-attention, MSA of Section 3.4: (B, T, E) -> (B, T, E).
+    """Multi-head self-attention (MSA in Section 3.4): (B, T, E) -> (B, T, E).
 
-    Raises ValueError if H does not divide E.
+    Raises ValueError if E is not a multiple of H.
     """
 
     def __init__(self, embed_dim, num_heads):
@@ -53,14 +51,15 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
-        nn.init.xavier_uniform_(self.qkv.weight)        # as torch.nn.MultiheadAttention starts
+        nn.init.xavier_uniform_(self.qkv.weight)        # the start of nn.MultiheadAttention
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
         B, T, E = x.shape
         H, d = self.num_heads, E // self.num_heads
-        q, k, v = self.qkv(x).view(B, T, 3, H, d).permute(2, 0, 3, 1, 4)    # (B, H, T, d) each
+        qkv = self.qkv(x).view(B, T, 3, H, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                # (B, H, T, d) each
         scores = (q / d ** 0.5) @ k.transpose(2, 3)         # q k^T / sqrt(d), (B, H, T, T)
         h = scores.softmax(dim=3) @ v                       # softmax(q k^T / sqrt(d)) v
         return self.out(h.transpose(1, 2).reshape(B, T, E))
@@ -69,8 +68,8 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """One pre-norm encoder layer of Section 3.4, without dropout: (B, T, E) -> (B, T, E).
 
-    Same initialisation and output as torch.nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0,
-    activation="gelu", norm_first=True, batch_first=True).
+    Its initialisation and output are those of torch.nn.TransformerEncoderLayer(E, H, 2 * E,
+    dropout=0, activation="gelu", norm_first=True, batch_first=True).
     """
 
     def __init__(self, embed_dim, num_heads):
@@ -88,10 +87,10 @@ class EncoderLayer(nn.Module):
 # ------------------------------------------------------------------------------------ the models
 
 class PatchEmbedding(nn.Module):
-    """The part of layer 1 before its encoder layer: (B, T, D/#P) -> (B, T, E).
+    """The first part of layer 1, before its encoder layer: (B, T, D/#P) -> (B, T, E).
 
-    Linear projection, ReLU, on request a class token (then T + 1 tokens), and a learnable position
-    for each token, initialised from N(0, position_std).
+    It has a linear projection, ReLU and a learnable position per token. Positions start at random,
+    with standard deviation position_std. class_token=True puts one more token in front.
     """
 
     def __init__(self, patch_dim, num_tokens, embed_dim, class_token, position_std):
@@ -109,11 +108,11 @@ class PatchEmbedding(nn.Module):
 
 
 class ViT(nn.Module):
-    """ViT[E H L]: L local layers, the first with projection and position inside (Section 3.4).
+    """ViT[E H L]: L local layers; the first includes projection and positions (Section 3.4).
 
-    pool: "mean" over the tokens (Eq. 13) or "token", the class token's output (Table 5). labels:
-    None, or "patch": a random, fixed patch for each class stands before the image's (Algorithm 1,
-    right). Raises ValueError for another pool or other labels, and as `patchify` and `Attention`.
+    pool is "mean", over the tokens (Eq. 13), or "token", the class token's output (Table 5). labels
+    is None, or "patch": a random, fixed label patch per class comes first (Algorithm 1, right).
+    Raises ValueError for another pool or labels, and as `patchify` and `Attention` do.
     """
 
     def __init__(self, image_shape, num_classes, embed_dim, num_heads, num_layers, labels=None,
@@ -125,55 +124,58 @@ class ViT(nn.Module):
             raise ValueError(f'labels of a ViT must be None or "patch"; got {labels!r}')
         self.num_classes, self.patch_size, self.pooling = num_classes, patch_size, pool
         _, num_tokens, patch_dim = patchify(torch.zeros(1, *image_shape), patch_size).shape
-        table = F.pad(torch.randn(num_classes, patch_dim), (0, 0, 0, 1)) if labels else None
-        self.register_buffer("labels", table)           # its last row, zeros: the neutral label
-        embedding = PatchEmbedding(patch_dim, num_tokens + bool(labels), embed_dim,
-                                   pool == "token", position_std)
+        self.register_buffer("labels", None)
+        if labels:
+            table = torch.randn(num_classes, patch_dim)
+            self.labels = F.pad(table, (0, 0, 0, 1))    # row -1 is zeros, the neutral label
+            num_tokens += 1
+        embedding = PatchEmbedding(patch_dim, num_tokens, embed_dim, pool == "token", position_std)
         first, *others = [EncoderLayer(embed_dim, num_heads) for _ in range(num_layers)]
         self.layers = nn.ModuleList([nn.Sequential(embedding, first), *others])
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
     def patches(self, images, y=None):
-        """Layer 1's input: (B, C, height, width) -> (B, T, D/#P), y's label patch in front."""
+        """The input of layer 1: (B, C, height, width) -> (B, T, D/#P), y's label patch first."""
         x, label = patchify(images, self.patch_size), label_rows(self.labels, y)
         return x if y is None else torch.cat([label[:, None], x], dim=1)
 
     def pool(self, h):
-        """One vector for each image: (B, T, E) -> (B, E). Eq. 13: 1/T sum_j f_ij, or the token."""
+        """One vector per image, (B, T, E) -> (B, E): 1/T sum_j f_ij (Eq. 13) or the class token."""
         return h.mean(dim=1) if self.pooling == "mean" else h[:, 0]
 
 
 class MLP(nn.Module):
     """MLP[E L]: L local layers of linear + ReLU on flat pixels (Section 4, Models).
 
-    labels: None; "one-hot": the label of y replaces the first pixels (FF and Collab, Fig. 2b);
-    "random": a random, fixed vector of D numbers for each class follows the pixels (SymBa, Fig. 2c
-    and Eq. 4). Raises ValueError for other labels, and for more one-hot ones than D.
+    labels is None; "one-hot": the label replaces the first pixels (FF and Collab, Fig. 2b); or
+    "random": a random, fixed vector of D numbers per class follows the pixels (SymBa, Fig. 2c and
+    Eq. 4). Raises ValueError for other labels, and for more one-hot classes than D.
     """
 
     def __init__(self, image_shape, num_classes, embed_dim, num_layers, labels=None):
         super().__init__()
         D = torch.Size(image_shape).numel()
         if labels not in (None, "one-hot", "random"):
-            raise ValueError(f'labels of an MLP: None, "one-hot" or "random"; got {labels!r}')
+            raise ValueError(f'MLP labels must be None, "one-hot" or "random"; got {labels!r}')
         if labels == "one-hot" and num_classes > D:
             raise ValueError(f"{num_classes} classes do not fit into an image of {D} numbers")
         self.num_classes, self.one_hot = num_classes, labels == "one-hot"
         self.register_buffer("labels", None)
         if labels:
             table = torch.eye(num_classes) if self.one_hot else torch.randn(num_classes, D)
-            table = (D / num_classes) ** 0.5 * F.normalize(table)       # an image: sqrt(D) long
-            self.labels = F.pad(table, (0, 0, 0, 1))                    # row -1: the neutral label
-        widths = [2 * D if labels == "random" else D] + num_layers * [embed_dim]
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(*sizes), nn.ReLU())
-                                    for sizes in zip(widths, widths[1:]))
-        if labels:      # sqrt(n) times PyTorch's range: these n inputs have length 1, not sqrt(n)
+            table = (D / num_classes) ** 0.5 * F.normalize(table)   # an image: about sqrt(D) long
+            self.labels = F.pad(table, (0, 0, 0, 1))    # row -1 is zeros, the neutral label
+        self.layers, width = nn.ModuleList(), 2 * D if labels == "random" else D
+        for _ in range(num_layers):
+            self.layers.append(nn.Sequential(nn.Linear(width, embed_dim), nn.ReLU()))
+            width = embed_dim
+        if labels:      # n inputs have length 1, not sqrt(n), so weights start sqrt(n) times larger
             for layer in self.layers:
                 nn.init.uniform_(layer[0].weight, -1, 1)
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
     def patches(self, images, y=None):
-        """Layer 1's input: (B, D); with labels y rows of length 1, (B, D) or SymBa's (B, 2D)."""
+        """The input of layer 1: (B, D). With labels y its rows have length 1; SymBa has (B, 2D)."""
         x, label = images.flatten(1), label_rows(self.labels, y)
         if y is None:
             return x
@@ -181,19 +183,19 @@ class MLP(nn.Module):
         return F.normalize(torch.cat(joined, dim=1))
 
     def pool(self, h):
-        """(B, E) -> (B, E): one vector an image already."""
+        """h itself, (B, E): an MLP already has one vector per image."""
         return h
 
 
 def label_rows(table, y):
-    """The rows of a table for labels y (B,), None without; y = -1 is the neutral one, the last.
+    """The rows of a label table for labels y (B,); None without a table. y = -1 is the last row.
 
-    Raises ValueError if y is unexpectedly given or missing, and (not on a GPU, where looking at y
-    would make every batch wait) for a label outside 0..C-1 that is not -1.
+    Raises ValueError if y is unexpectedly given or missing, and for a label outside -1..C-1 (not on
+    a GPU, because the check would make every batch wait).
     """
     if (table is None) != (y is None):
-        raise ValueError("a model built without labels takes images alone, one built with labels "
-                         "takes images and y, -1 for neutral")
+        raise ValueError("a model built without labels takes only images; a model built with "
+                         "labels takes images and y (-1: the neutral label)")
     if y is None:
         return None
     C = len(table) - 1
@@ -203,21 +205,21 @@ def label_rows(table, y):
 
 
 def linear_head(embed_dim, num_layers, num_classes, labels):
-    """LayerNorm + linear on the last layer's output; with labels on all layers' but the first's."""
+    """LayerNorm + linear on the last layer's output, or with labels on all layers but the first."""
     width = embed_dim * max(1, num_layers - 1) if labels else embed_dim         # Table 2
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
 
 
 def plain_name(name):
-    """A model's name as folders and tables have it: "ViT[128 4 5]" -> "vit-128-4-5"."""
+    """The name of a model as used for folders and tables: "ViT[128 4 5]" -> "vit-128-4-5"."""
     return re.sub(r"\[([\d ]+)\]$", r"-\1", name.lower()).replace(" ", "-")
 
 
 def build_model(name, image_shape, num_classes, labels=None, **options):
-    """A model from its name: "ViT[128 4 5]" or "vit-128-4-5", "MLP[800 4]" or "mlp-800-4".
+    """Build a model from its name: "ViT[128 4 5]" or "vit-128-4-5", "MLP[800 4]" or "mlp-800-4".
 
-    image_shape (C, height, width). labels, and for a ViT patch_size, pool and position_std, as the
-    two classes take them. Raises ValueError for another name, and as they do.
+    image_shape is (channels, height, width). labels and options are arguments of `ViT` or `MLP`.
+    Raises ValueError for any other name, and as these two classes do.
     """
     kind, *sizes = plain_name(name).split("-")
     if not re.fullmatch(r"vit(-[1-9]\d*){3}|mlp(-[1-9]\d*){2}", plain_name(name)):

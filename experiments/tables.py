@@ -8,7 +8,7 @@ tables whose text is written by hand, with a name in braces for each number:
     {tenth-cff}                        test accuracy of a run in records/, or of its seeds
     {tenth-cff validation}             the same on validation images
     {tenth-cff epochs}                 epochs to convergence (Fig. 6)
-    {tenth-cff-s0 least in 60}         least validation loss in the first 60 epochs
+    {tenth-cff-s0 lowest in 60}        lowest validation loss in the first 60 epochs
     {tenth-cff-s0 equal}               that loss if all images are equally similar
     {3 vit-128-4-5 crop cffm}          the paper's accuracy (paper.csv): table, model, setting or,
                                        where there is none, augmentation, method
@@ -47,7 +47,7 @@ def values_of_runs():
         for run in runs:
             losses = choosing_losses(run.settings, run.log)
             for n in (30, 60, 120, 200):
-                values[f"{run.name} least in {n}"] = f"{min(losses[:n]):.3f}"
+                values[f"{run.name} lowest in {n}"] = f"{min(losses[:n]):.3f}"
             values[f"{run.name} equal"] = f"{loss_of_equal(run):.3f}"
     return values
 
@@ -95,8 +95,9 @@ def main():
     speed.show_speed(read_json("speed.json"))
     print()
     speed.show_pipeline_speed(read_json("pipeline-vit-128-4-2.json"))
+    print()
     for n in (1, 2, 4):
-        print(f"\n{speed.memory_line(read_json(f'pipeline-memory-{n}.json'))}")
+        print(speed.memory_line(read_json(f"pipeline-memory-{n}.json")))
     print()
     show_table(read_groups(FOLDERS), markdown=True)
 

@@ -97,7 +97,7 @@ def main():
     speed.show_pipeline_speed(read_json("pipeline-vit-128-4-2.json"))
     print()
     for n in (1, 2, 4):
-        print(speed.memory_line(read_json(f"pipeline-memory-{n}.json")))
+        print("- " + speed.memory_line(read_json(f"pipeline-memory-{n}.json")))
     print()
     show_table(read_groups(FOLDERS), markdown=True)
 

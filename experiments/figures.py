@@ -7,9 +7,8 @@
     python experiments/figures.py fig7 RUN...           accuracy by model, or by another setting
     python experiments/figures.py views --dataset X     images, and two views for each --augment
 
-RUN is the folder of a run, or a pattern such as runs/m*. Runs that differ only in the seed are
-averaged. fig5 also needs the run's checkpoint and data. --out FILE says where the picture goes.
-All pictures need matplotlib; fig5 also needs scikit-learn.
+RUN is a run's folder or a pattern. Runs that differ only in the seed are averaged. --out FILE says
+where the picture goes. Needs matplotlib; fig5 also needs scikit-learn, the checkpoint and the data.
 """
 import argparse
 import os
@@ -169,9 +168,8 @@ def fig6(runs):
 
 
 def what_varies(groups):
-    """The name of the one setting in which the groups differ. Settings of the data and the model
-    count for all groups, others only for groups of the same method, because methods have different
-    defaults. Raises ValueError if no setting differs, or several do."""
+    """The one setting in which the groups differ; ValueError if none or several do. Methods have
+    other defaults, so groups of two methods are compared by data and model only."""
     shared, varied = ("dataset", "limit", "model", "augment", "missing", "label_noise"), set()
     for a, b in combinations([essential(runs[0]) for runs in groups], 2):
         names = a if a["algo"] == b["algo"] else shared
@@ -184,12 +182,12 @@ def what_varies(groups):
 
 def fig7(runs):
     """Figs. 4b and 7: accuracy by the one setting that varies, as mean and standard deviation of
-    the seeds. If margins vary, methods without margins are horizontal lines. Accuracy is on
-    validation images, as in the paper. If the setting is --missing or --label-noise, it is on test
-    images, because these settings change the validation images."""
+    the seeds, on validation images, as in the paper. In Fig. 4b methods without margins are
+    horizontal lines. Table 4's settings change the validation images, so they use test images."""
     groups = read_groups(find_folders(runs))
     varied = what_varies(groups)
-    part = "test" if varied in ("missing", "label_noise") else "val"
+    table4 = varied in ("missing", "label_noise")
+    part, part_name = ("test", "test") if table4 else ("val", "validation")
     figure, axis = make_figure(size=(8.5, 4.5))
     ticks = sorted({tick(runs, varied) for runs in groups
                     if varied not in MARGINS or runs[0].settings.algo == "cffm"})
@@ -206,7 +204,7 @@ def fig7(runs):
             positions = [ticks.index(tick(runs, varied)) for runs in mine]
             axis.errorbar(positions, means, yerr=spreads, marker=MARKS[algo], capsize=3, **look)
     axis.set_xticks(range(len(ticks)), [label for _, label in ticks])
-    axis.set(xlabel=f"{varied}: {SETTINGS[varied][2]}", ylabel=f"accuracy on {part} images, %")
+    axis.set(xlabel=f"{varied}: {SETTINGS[varied][2]}", ylabel=f"{part_name} accuracy, %")
     return finish(figure, groups, varied, legend="method")
 
 
@@ -227,8 +225,6 @@ def finish(figure, groups, varied, legend):
     figure.legend(loc="outside right upper", title=legend)
     return figure
 
-
-# ------------------------------------------------------------------------------------ command line
 
 def main(argv=None):
     """The command line. If a picture cannot be drawn, one line says why; the exit status is 2."""

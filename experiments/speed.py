@@ -3,10 +3,9 @@
     python experiments/speed.py --model vit-128-4-5
     torchrun --nproc-per-node 2 experiments/speed.py --model vit-128-4-2 --batch-size 64
 
-The first command compares the time and memory of a training step with BP's, for each method. It
-also measures inference, and memory by the number of layers. The second command compares the
-pipeline of pipeline.py with one process, and with BP by DistributedDataParallel. All images are
-random. The results are printed as Markdown tables; --json FILE also saves the numbers.
+The first command compares each method's training step with BP's, in time and memory, and measures
+inference. The second compares the pipeline of pipeline.py with one process, and with BP by
+DistributedDataParallel. Images are random. Prints Markdown tables; --json FILE saves the numbers.
 """
 import argparse
 import json
@@ -61,8 +60,7 @@ def peak_of(work, device):
 
 
 def random_run(method, name, batch_size, device):
-    """A run for `train_on`, with a batch x, y of random images; each label occurs at least twice.
-    name: of the model."""
+    """A run of a model for `train_on`, with random images x; each label in y occurs twice."""
     s = defaults("cifar10", METHODS[method]["algo"]) | METHODS[method] | {"model": name}
     s, data = SimpleNamespace(**s), {"image_shape": (3, 32, 32), "num_classes": 10}
     model = make_model(s, data).to(device)
@@ -84,8 +82,7 @@ def random_step(method, *case):
 
 
 def step_memory(*case):
-    """`peak_of` two training steps, measured in a new process, because memory that earlier work
-    has freed would hide new memory: activations, gradients and the optimizers' moments."""
+    """`peak_of` two steps in a new process: activations, gradients and the optimizers' moments."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"    # makes glibc return freed blocks
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(step_memory_here, case)
@@ -97,9 +94,8 @@ def step_memory_here(method, name, batch_size, device):
 
 
 def timed(functions, rounds, barrier=lambda: None):
-    """Time {name: function}: {name: a list with the seconds of each round}. A warm-up round is
-    left out. The functions take turns, so that a change in the machine's speed affects all of
-    them. barrier: waits for all processes."""
+    """{name: seconds of each round} for {name: function}, without a warm-up round. The functions
+    take turns, so a change in the machine's speed affects all. barrier: waits for all processes."""
     seconds = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -190,8 +186,7 @@ def piped_steps(method, N, *case):
 def data_parallel_steps(N, name, batch_size, device):
     """A function that makes N steps of BP; each process has its share of the batch."""
     run = random_run("BP", name, batch_size // dist.get_world_size(), device)
-    # DistributedDataParallel averages the gradients of one forward call, so the encoder and the
-    # head must be in the same call
+    # DistributedDataParallel averages the gradients of one call: it must have encoder and head
     run.model.forward = lambda images: run.model.head(encode(run.model, images)[-1])
     whole, optimizer = DistributedDataParallel(run.model), run.optimizers[0]
     return repeat(N, lambda: update(optimizer, cross_entropy(whole(run.augment(run.x)), run.y)))
@@ -249,15 +244,12 @@ def ranged(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-# ----------------------------------------------------------------------------------- command line
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=plain_name, default="vit-128-4-5", help="[vit-128-4-5]")
     parser.add_argument("--batch-size", type=int, default=512, help="images per batch [512]")
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up [5]")
-    parser.add_argument("--batches", type=int, default=20,
-                        help="batches per round, with torchrun only [20]")
+    parser.add_argument("--batches", type=int, default=20, help="per round, with torchrun [20]")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args, device = parser.parse_args(), find_device()
     several, sizes = dist.is_torchelastic_launched(), (args.model, args.batch_size, args.rounds)

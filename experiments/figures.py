@@ -168,8 +168,8 @@ def fig6(runs):
 
 
 def what_varies(groups):
-    """The one setting in which the groups differ; ValueError if none or several do. Methods have
-    other defaults, so groups of two methods are compared by data and model only."""
+    """The one setting in which the groups differ; ValueError if none or several do. Methods differ
+    in their defaults, so groups of two methods are compared by data and model only."""
     shared, varied = ("dataset", "limit", "model", "augment", "missing", "label_noise"), set()
     for a, b in combinations([essential(runs[0]) for runs in groups], 2):
         names = a if a["algo"] == b["algo"] else shared

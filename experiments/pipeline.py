@@ -194,7 +194,7 @@ def train_encoder(run):
 
 
 def assist():
-    """The work of a later process: it trains its layers, one epoch each time the first asks."""
+    """The work of a later process: train its layers, in each epoch that the first announces."""
     connect()
     received = broadcast()
     if received is None:                                        # stage 1 is complete

@@ -60,7 +60,7 @@ def peak_of(work, device):
 
 
 def random_run(method, name, batch_size, device):
-    """A run of a model for `train_on`, with random images x; each label in y occurs twice."""
+    """A run of a model for `train_on`, with random images x; each label in y repeats."""
     s = defaults("cifar10", METHODS[method]["algo"]) | METHODS[method] | {"model": name}
     s, data = SimpleNamespace(**s), {"image_shape": (3, 32, 32), "num_classes": 10}
     model = make_model(s, data).to(device)

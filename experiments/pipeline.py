@@ -58,8 +58,9 @@ class Segment:
 
     def epoch(self, sizes):
         """Yield the number of each batch, for a step on it; sizes: the number of images in each."""
-        self.batch, self.trace, self.coming, self.going = 0, [], [], []
-        self.expected = (size for size in sizes for _ in range(self.messages))
+        self.batch, self.trace = 0, []
+        self.coming, self.going = [], []                        # messages that are on their way
+        self.expected = (size for size in sizes for _ in range(self.messages))  # one per message
         for _ in range(self.messages):
             self.expect()
         hook = None if self.is_last else self.layers[-1].register_forward_hook(self.send)

@@ -40,7 +40,8 @@ def read_json(name):
 def values_of_runs():
     values = {}
     for runs in read_groups(FOLDERS):
-        for name, some in [(run.name, [run]) for run in runs] + [(table_row(runs)["Run"], runs)]:
+        single = [(run.name, [run]) for run in runs]
+        for name, some in [*single, (table_row(runs)["Run"], runs)]:
             epochs = [epochs_to_convergence(run.settings, run.log) for run in some]
             values[name] = spread([run.accuracy("test") for run in some])
             values[f"{name} validation"] = spread([run.accuracy("val") for run in some])

@@ -1,11 +1,11 @@
-"""Layers trained in parallel by several processes: the pipeline of Section 5.1 and Fig. 8.
+"""Train layers in parallel, by several processes: the pipeline of Section 5.1 and Fig. 8.
 
     torchrun --nproc-per-node 2 experiments/pipeline.py --dataset cifar10 --algo cffm
     torchrun --nproc-per-node 4 experiments/pipeline.py --resume --out runs/NAME
-    python experiments/pipeline.py --schedule runs/NAME     who worked, who waited; schedule.png
+    python experiments/pipeline.py --schedule runs/NAME     who worked and who waited (Fig. 8)
 
-No gradient crosses from one layer to another, so layers can train at the same time. The flags and
-the run's folder are those of train.py; README.md, *The pipeline of layers*, explains the rest.
+No gradient crosses from one layer to another, so layers can train at the same time. All flags of
+train.py work here, and the run's folder is the same. See *The pipeline of layers* in README.md.
 """
 import io
 import json
@@ -32,34 +32,35 @@ from eval import print_table
 # ---------------------------------------------------------------------------- a process's layers
 
 class Segment:
-    """The layers that this process trains; cff_step and ff_step take it for the model.
+    """The layers that this process trains; cff_step and ff_step use it as the model.
 
-    The first process has the images. A later process receives, where the model would cut patches,
-    the output of the layer before its own. The output of its last layer is sent on before the loss
-    is computed; nothing comes back. While process r works on batch t, process r - 1 works on batch
-    t + 1, so N batches take n + N - 1 steps on n processes. A process sends a batch only after the
-    batch before has left, so at most two batches are in between. `trace`: the events of an epoch.
+    Only the first process has images. A later process receives the output of the layer before its
+    own. Each process sends its last layer's output on before it computes that layer's loss; nothing
+    comes back. While process r works on batch t, process r - 1 works on batch t + 1, so N batches
+    take n + N - 1 steps on n processes. A process sends a batch only after the batch before has
+    left, so at most two batches are on their way. `trace` has the events of the epoch.
     """
 
     def __init__(self, model, image_shape, views):
         self.rank, n, L = dist.get_rank(), dist.get_world_size(), len(model.layers)
         self.is_last = self.rank == n - 1
-        self.place = slice(L * self.rank // n, L * (self.rank + 1) // n)
-        self.layers, self.pool, self.labels = model.layers[self.place], model.pool, model.labels
+        self.own = slice(L * self.rank // n, L * (self.rank + 1) // n)  # of the model's layers
+        self.layers, self.pool, self.labels = model.layers[self.own], model.pool, model.labels
         self.cut_patches, self.num_classes = model.patches, model.num_classes
         self.device = next(model.parameters()).device
         image = torch.zeros(1, *image_shape, device=self.device)
         y = None if model.labels is None else torch.zeros(1, dtype=torch.long, device=self.device)
-        with torch.no_grad():                                   # one image, between two layers
+        with torch.no_grad():                                   # the shape of one image's message
             self.shape = model.layers[0](model.patches(image, y)).shape[1:]     # (T, E) or (E,)
-        self.messages = views if model.labels is None else 2    # one per forward pass: FF has two
+        self.messages = views if model.labels is None else 2    # per batch, one per forward pass
         if self.rank > 0:
-            model.layers = self.layers                          # drops the others
+            model.layers = self.layers                          # frees the other layers
 
     def epoch(self, sizes):
-        """Yield the number of each batch, for a step on it; sizes: how many images each has."""
-        self.batch, self.trace, self.coming, self.going = 0, [], [], []
-        self.expected = (size for size in sizes for _ in range(self.messages))
+        """Yield the number of each batch, for a step on it; sizes: the number of images in each."""
+        self.batch, self.trace = 0, []
+        self.coming, self.going = [], []                        # messages that are on their way
+        self.expected = (size for size in sizes for _ in range(self.messages))  # one per message
         for _ in range(self.messages):
             self.expect()
         hook = None if self.is_last else self.layers[-1].register_forward_hook(self.send)
@@ -74,14 +75,14 @@ class Segment:
             hook.remove()
 
     def expect(self):
-        """Start to receive the next message, if there is one, while something else is computed."""
+        """Start to receive the next message, if any is left; computation goes on meanwhile."""
         size = next(self.expected, None)
         if self.rank > 0 and size:
             h = torch.empty(size, *self.shape, device=self.device)
             self.coming.append((dist.irecv(h, self.rank - 1), h))
 
     def patches(self, images, y=None):
-        """The first layer's input: patches in the first process, a message in a later one."""
+        """The input of the own layers: patches in the first process, a message in a later one."""
         if self.rank == 0:
             return self.cut_patches(images, y)
         start, (request, h) = time.time(), self.coming.pop(0)
@@ -91,7 +92,7 @@ class Segment:
         return h if self.labels is None else unit(h)            # FF normalises between layers
 
     def send(self, layer, x, h):
-        """Send h, the last layer's output; wait first if the batch before has not left."""
+        """Send h, the last layer's output; first wait until the batch before has left."""
         start, waited_for = time.time(), None
         if len(self.going) == self.messages:
             request, _, waited_for = self.going.pop(0)
@@ -101,32 +102,33 @@ class Segment:
         self.going.append((dist.isend(h, self.rank + 1), h, self.batch))
 
     def note(self, event, waited_for, start):
+        """Add an event to the trace; waited_for: the batch of the message that it waited for."""
         self.trace.append({"process": self.rank, "batch": self.batch, "event": event,
                            "waited_for": waited_for, "start": start, "end": time.time()})
 
 
 def own_part(run):
-    """A copy of a run with this process's `Segment`, and its layers' optimizers and margins."""
+    """A copy of a run with only this process's layers (a `Segment`), optimizers and margins."""
     part = SimpleNamespace(**vars(run))
     part.model = Segment(run.model, run.data["image_shape"], run.settings.views)
-    part.optimizers = run.optimizers[part.model.place]
-    part.margins = run.margins[part.model.place]
+    part.optimizers = run.optimizers[part.model.own]
+    part.margins = run.margins[part.model.own]
     return part
 
 
 # -------------------------------------------------------------------------- between the processes
 
 def connect():
-    """Join the processes that torchrun started; each has its own GPU if there are any."""
+    """Connect the processes that torchrun started. If there are GPUs, each process uses one."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # the others wait while the first validates; torchrun ends the run if one dies
+    # the others wait while the first process validates; if a process dies, torchrun ends the run
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
 
 
 def stop(*_):
-    """Ctrl-C in the first process: once, because torchrun passes on more signals."""
+    """Handle Ctrl-C in the first process, once only, because torchrun sends further signals."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
@@ -134,7 +136,7 @@ def stop(*_):
 
 def pack(value):
     file = io.BytesIO()
-    torch.save(value, file)                                     # from any device
+    torch.save(value, file)                                     # tensors may be on any device
     return file.getvalue()
 
 
@@ -143,14 +145,14 @@ def unpack(data):
 
 
 def broadcast(value=None):
-    """In every process the first one's value, with its tensors on the CPU."""
+    """The first process's value, in every process, with its tensors on the CPU."""
     box = [pack(value)]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
     return unpack(box[0])
 
 
 def gather(value):
-    """In the first process a list of every process's value, tensors on the CPU; else None."""
+    """In the first process, the list of all processes' values (tensors on the CPU); else None."""
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(pack(value), values)
     return values and [unpack(data) for data in values]
@@ -159,8 +161,8 @@ def gather(value):
 # --------------------------------------------------------------------------------------- training
 
 def train_epoch(part, batches):
-    """Train this process's layers for one epoch on batches of row numbers. Returns, in the first
-    process, one dict per process: losses, weights, optimizer states, trace; None in the others."""
+    """Train this process's layers for one epoch; batches: lists of row numbers. Returns one dict
+    per process (losses, weights, optimizer states, trace) in the first process, None in others."""
     segment, (images, labels), total = part.model, part.train, 0
     for i in segment.epoch([len(rows) for rows in batches]):
         train.set_learning_rate(part, i)
@@ -172,10 +174,10 @@ def train_epoch(part, batches):
 
 
 def train_encoder(run):
-    """Stage 1 of `train.train` from where `run` stands, by all processes: the first one's part."""
-    told = {name: getattr(run, name) for name in ("settings", "data", "margins", "goodness_loss")}
+    """The first process's part of stage 1, from the run's next epoch on; the others `assist`."""
+    shared = {name: getattr(run, name) for name in ("settings", "data", "margins", "goodness_loss")}
     states = [optimizer.state_dict() for optimizer in run.optimizers]
-    broadcast((told, run.train[1], run.model.state_dict(), states))
+    broadcast((shared, run.train[1], run.model.state_dict(), states))
     part = own_part(run)
     while run.epoch < run.settings.epochs:
         start, batches = time.time(), train.batches_of(run, run.train[1], True)
@@ -193,35 +195,35 @@ def train_encoder(run):
 
 
 def assist():
-    """What a later process does: train its layers, epoch by epoch, as the first process says."""
+    """The work of a later process: train its layers, in each epoch that the first announces."""
     connect()
     received = broadcast()
-    if received is None:                                        # nothing is left of stage 1
+    if received is None:                                        # stage 1 is complete
         return
-    told, labels, weights, states = received
-    run = SimpleNamespace(**told, generator=None, augment=lambda y: y)
+    shared, labels, weights, states = received
+    run = SimpleNamespace(**shared, generator=None, augment=lambda y: y)
     device = train.find_device(run.settings.device)
-    run.train = labels.to(device), labels.to(device)            # labels take the images' place
+    run.train = labels.to(device), labels.to(device)            # no images: labels replace them
     run.model = train.make_model(run.settings, run.data).to(device)
     run.model.load_state_dict(weights)
     train.begin_stage(run, 1)
     part = own_part(run)
-    for optimizer, state in zip(part.optimizers, states[part.model.place]):
+    for optimizer, state in zip(part.optimizers, states[part.model.own]):
         optimizer.load_state_dict(state)
-    del received, weights, states                               # all layers', not only its own
+    del received, weights, states                               # they belong to all layers
     while (planned := broadcast()) is not None:
         part.epoch, batches = planned
         train_epoch(part, batches)
 
 
-# ----------------------------------------------------------------------------- who waited (Fig. 8)
+# --------------------------------------------------------------------------- the schedule (Fig. 8)
 
 def longest_chain(trace):
-    """The most steps that waited for each other: n + N - 1 for N batches on n processes (Sec. 5.1).
+    """The most steps that depend on each other: n + N - 1 for N batches on n processes (Sec. 5.1).
 
-    A process's step on a batch comes after its step on the batch before, and after the step that
-    sent its input. If it waited until an older message had left, it also comes after the step that
-    the receiver made before the one on that message.
+    A process's step on a batch depends on its step on the batch before, and on the step that sent
+    its input. If the process had to wait until an older message had left, its step also depends on
+    the receiver's step on the batch before that message.
     """
     after = {(row["process"], row["batch"]): [(row["process"], row["batch"] - 1)]
              for row in trace if row["event"] == "step"}
@@ -238,16 +240,16 @@ def longest_chain(trace):
 
 
 def show_schedule(folder, batches=8):
-    """Print who worked and who waited in the last epoch of a pipeline; draw its first batches."""
+    """Print how long each process worked and waited in the last epoch; draw its first batches."""
     path = Path(folder) / "trace.json"
     if not path.exists():
-        raise SystemExit(f"{path} is missing: no pipeline has trained this run")
+        raise SystemExit(f"{path} is missing: pipeline.py has not trained this run")
     trace = json.loads(path.read_text())
-    n, N = (1 + max(row[what] for row in trace) for what in ("process", "batch"))
+    n, N = 1 + max(row["process"] for row in trace), 1 + max(row["batch"] for row in trace)
     total = max(row["end"] for row in trace) - min(row["start"] for row in trace)
     print(f"{folder}: {N} batches on {n} processes: the longest chain of dependent steps has "
-          f"{longest_chain(trace)} steps; one process makes {n * N}")
-    rows = [["Process", "in a step", "of it waiting for input", "of it waiting to send"]]
+          f"{longest_chain(trace)} steps; one process would make {n * N}")
+    rows = [["Process", "in steps", "of this, waiting for input", "of this, waiting to send"]]
     for process in range(n):
         spent = {"step": 0, "receive": 0, "send": 0}
         for row in (row for row in trace if row["process"] == process):
@@ -256,12 +258,12 @@ def show_schedule(folder, batches=8):
     print_table(rows)
     try:
         draw_schedule(trace, n, min(batches, N), path.with_name("schedule.png"))
-    except ImportError as reason:                               # the numbers stand without it
-        print(reason)
+    except ImportError as reason:                               # the numbers are printed anyway
+        print(f"no picture: {reason}; pip install matplotlib")
 
 
 def draw_schedule(trace, n, batches, path):
-    """Fig. 8: one line per process, one bar per step on the first `batches`, hatched for waits."""
+    """Draw Fig. 8: one row per process, one bar per step on the first batches; hatched: waiting."""
     from figures import COLOURS, make_figure, write_figure      # needs matplotlib
     figure, axis = make_figure(size=(9, 1.5 + 0.5 * n))
     colours, first = list(COLOURS.values())[:6], min(row["start"] for row in trace)
@@ -271,7 +273,7 @@ def draw_schedule(trace, n, batches, path):
         if row["event"] == "step":
             axis.barh(**bar, color=colours[row["batch"] % 6], edgecolor="white")
             axis.text(end, process, f"{row['batch'] + 1} ", ha="right", va="center")
-        else:                                                   # above the step that it is part of
+        else:                                                   # drawn over its step's bar
             axis.barh(**bar, color="white", edgecolor="grey", hatch="////", lw=0, zorder=2)
     axis.set(xlabel="seconds", yticks=range(n), yticklabels=[f"process {i + 1}" for i in range(n)],
              title=f"{path.parent.name}: steps on batches 1 to {batches} (hatched: waiting)")
@@ -279,15 +281,14 @@ def draw_schedule(trace, n, batches, path):
     write_figure(figure, path)
 
 
-# ----------------------------------------------------------------------------------- command line
-
 def start_run(argv):
-    """The run of a command line; ValueError, in one line, for a run that cannot be piped."""
+    """The run of a command line. Raises ValueError if the pipeline cannot train it."""
     s, saved = train.parse(argv)
     n, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count() if s.device != "cpu" else 0
     if s.algo not in ("cff", "cffm", "ff", "symba"):
-        raise ValueError(f"--algo {s.algo} cannot be piped: its losses depend on several layers")
+        raise ValueError(f"--algo {s.algo} cannot run in the pipeline: its losses depend on "
+                         "several layers")
     if 0 < gpus < here:
         raise ValueError(f"{here} processes for {gpus} GPUs: start fewer, or use --device cpu")
     run = train.make_run(s, saved)
@@ -299,15 +300,15 @@ def start_run(argv):
 
 
 def lead(run):
-    """What the first process does: `train.train`, with stage 1 by all processes."""
+    """The work of the first process: `train.train`, with stage 1 by all processes."""
     go_on = "continue with: " + join(["python", "train.py", "--resume", "--out", str(run.folder)])
     try:
         connect()
         print(f"{run.folder}, by {dist.get_world_size()} processes", flush=True)
         if run.stage == 1:
             train_encoder(run)
-        broadcast(None)                                         # the others end
-        train.train(run)                                        # what is left: stage 2, the test
+        broadcast(None)                                         # tells the others to end
+        train.train(run)                                        # stage 2 and the test
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {go_on}")
     except OSError as reason:
@@ -335,10 +336,10 @@ def main():
         print(reason, file=sys.stderr)
     except Exception as reason:
         if isinstance(reason, (OSError, ValueError)) and not dist.is_initialized():
-            raise SystemExit(f"pipeline.py: error: {reason}")   # of flags, data or the disk
+            raise SystemExit(f"pipeline.py: error: {reason}")   # about flags, data or the disk
         traceback.print_exc()
     sys.stdout.flush()
-    os._exit(status)                    # threads of gloo can make Python's own end hang or abort
+    os._exit(status)                    # at a normal exit, threads of gloo can hang or abort
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a training step, inference and the pipeline cost: Tables 2 and 6, and Section 5.1.
+"""The cost of a training step, of inference and of the pipeline: Tables 2 and 6, Section 5.1.
 
     python experiments/speed.py --model vit-128-4-5
     torchrun --nproc-per-node 2 experiments/speed.py --model vit-128-4-2 --batch-size 64
 
-Prints Markdown tables for random images: training steps by method, compared with BP; inference;
-memory by depth. With torchrun: layers trained in parallel (pipeline.py), compared with one process
-and with BP by DistributedDataParallel. --json FILE keeps the numbers.
+The first command compares each method's training step with BP's, in time and memory, and measures
+inference. The second compares the pipeline of pipeline.py with one process, and with BP by
+DistributedDataParallel. Images are random. Prints Markdown tables; --json FILE saves the numbers.
 """
 import argparse
 import json
@@ -41,7 +41,7 @@ METHODS = {"BP": {"algo": "bp"}, "CFF+M, 1 view": {"algo": "cffm", "views": 1},
 
 
 def peak_of(work, device):
-    """Memory in MB at the peak of `work()`, beyond that in use before; NaN where it is unknown."""
+    """The peak memory in MB that `work()` adds to the memory in use; NaN if it is unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -50,17 +50,17 @@ def peak_of(work, device):
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
 
-    def status(key):                                            # /proc has it in kB
+    def memory(key):                                            # in bytes; /proc gives kB
         return 1024 * int(re.search(key + r":\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
     Path("/proc/self/clear_refs").write_text("5")               # resets the peak
-    before = status("VmRSS")
+    before = memory("VmRSS")
     work()
-    return (status("VmHWM") - before) / 1e6
+    return (memory("VmHWM") - before) / 1e6
 
 
 def random_run(method, name, batch_size, device):
-    """A run for `train_on`, with a batch x, y of random images; each label has two images."""
+    """A run of a model for `train_on`, with random images x; each label in y repeats."""
     s = defaults("cifar10", METHODS[method]["algo"]) | METHODS[method] | {"model": name}
     s, data = SimpleNamespace(**s), {"image_shape": (3, 32, 32), "num_classes": 10}
     model = make_model(s, data).to(device)
@@ -76,26 +76,26 @@ def random_run(method, name, batch_size, device):
 
 
 def random_step(method, *case):
-    """A function that makes one training step; case: name of the model, batch size, device."""
+    """A function that makes one training step; case: the model's name, batch size, device."""
     run = random_run(method, *case)
     return lambda: train_on(run, run.x, run.y)
 
 
 def step_memory(*case):
-    """`peak_of` two steps in a new process: activations, gradients, the optimizers' moments."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"    # there glibc gives freed blocks back
+    """`peak_of` two steps in a new process: activations, gradients and the optimizers' moments."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"    # makes glibc return freed blocks
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(step_memory_here, case)
 
 
 def step_memory_here(method, name, batch_size, device):
-    random_step(method, name, 8, device)()                      # loads libraries
+    random_step(method, name, 8, device)()                      # loads the libraries
     return peak_of(repeat(2, random_step(method, name, batch_size, device)), device)
 
 
 def timed(functions, rounds, barrier=lambda: None):
-    """{name: seconds of each round} of {name: function}, after one round to warm up. They take
-    turns, so that a change in the machine's speed affects all. barrier: waits for all processes."""
+    """{name: seconds of each round} for {name: function}, without a warm-up round. The functions
+    take turns, so a change in the machine's speed affects all. barrier: waits for all processes."""
     seconds = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -108,7 +108,7 @@ def timed(functions, rounds, barrier=lambda: None):
 
 
 def repeat(n, step):
-    """A function that makes n steps and returns what the last one returns."""
+    """A function that makes n steps and returns the result of the last one."""
     def steps():
         for _ in range(n):
             result = step()
@@ -117,7 +117,7 @@ def repeat(n, step):
 
 
 def summary(times, base):
-    """Median, minimum and maximum of `times`, and the median of their ratios to those of `base`."""
+    """Median, minimum and maximum of `times`, and their median ratio to `base`, round by round."""
     return {"seconds": statistics.median(times), "min": min(times), "max": max(times),
             "ratio": statistics.median(t / b for t, b in zip(times, base))}
 
@@ -125,7 +125,7 @@ def summary(times, base):
 # ------------------------------------------------------------------- one process (Tables 2 and 6)
 
 def speed(name, batch_size, rounds, device):
-    """Measure training steps, inference of 100 images and memory, for `show_speed`."""
+    """Measure training steps, memory, and inference of 100 images, for `show_speed`."""
     case, methods, by_depth = (batch_size, device), {}, {}
     times = timed({method: random_step(method, name, *case) for method in METHODS}, rounds)
     for method in METHODS:
@@ -146,22 +146,22 @@ def speed(name, batch_size, rounds, device):
 
 def show_speed(record):
     """Print a record of `speed` as Markdown tables."""
-    print("A training step of {model} on images of cifar10's size, batch {batch_size}, {device}, "
-          "torch {torch};\nmedians of {rounds} rounds:\n".format(**record))
-    rows = [["Method", "Seconds (min-max)", "/ BP", "Peak memory, MB", "/ BP"]]
+    print("One training step of {model} on images of CIFAR-10's size: batch {batch_size}, "
+          "{device}, torch {torch}.\nMedians of {rounds} rounds:\n".format(**record))
+    rows = [["Method", "Seconds (min-max)", "Time / BP", "Peak memory, MB", "Memory / BP"]]
     base = record["methods"]["BP"]["megabytes"]
     for method, row in record["methods"].items():
         MB = row["megabytes"]
         rows.append([method, ranged([row["min"], row["seconds"], row["max"]]),
                      f"{row['ratio']:.2f}", f"{MB:.0f}", f"{MB / base:.2f}"])
     print_table(rows, markdown=True)
-    print("\nInference, 100 images at once:\n")
-    rows = [["Way", "ms per image (min-max)", "/ CFF+M"]]
-    for way, row in record["inference"].items():
+    print("\nInference on 100 images at once:\n")
+    rows = [["Method", "ms per image (min-max)", "Time / CFF+M"]]
+    for method, row in record["inference"].items():
         ms = [1000 * row[key] / 100 for key in ("min", "seconds", "max")]
-        rows.append([way, ranged(ms), f"{row['ratio']:.1f}"])
+        rows.append([method, ranged(ms), f"{row['ratio']:.1f}"])
     print_table(rows, markdown=True)
-    print("\nPeak memory of a step by the number of layers, MB:\n")
+    print("\nPeak memory of a step in MB, by number of layers:\n")
     rows = [["Method", *record["megabytes_by_depth"]["BP"]]]
     for method, by_depth in record["megabytes_by_depth"].items():
         rows.append([method, *(f"{MB:.0f}" for MB in by_depth.values())])
@@ -171,10 +171,10 @@ def show_speed(record):
 # -------------------------------------------------------------------- several processes (Sec. 5.1)
 
 def piped_steps(method, N, *case):
-    """A function that trains on one random batch N times, by all processes, each its layers."""
+    """A function that trains N times on one random batch; each process trains its own layers."""
     run = own_part(random_run(method, *case))
     if run.model.rank > 0:
-        run.augment = lambda x: x                               # later processes get no images
+        run.augment = lambda x: x                               # only the first process has images
 
     def epoch():
         for _ in run.model.epoch(N * [len(run.y)]):
@@ -184,24 +184,24 @@ def piped_steps(method, N, *case):
 
 
 def data_parallel_steps(N, name, batch_size, device):
-    """A function that trains N times by BP, each process on its share of a batch."""
+    """A function that makes N steps of BP; each process has its share of the batch."""
     run = random_run("BP", name, batch_size // dist.get_world_size(), device)
-    # DistributedDataParallel averages the gradients of one call: encoder and head must be one
+    # DistributedDataParallel averages the gradients of one call: it must have encoder and head
     run.model.forward = lambda images: run.model.head(encode(run.model, images)[-1])
     whole, optimizer = DistributedDataParallel(run.model), run.optimizers[0]
     return repeat(N, lambda: update(optimizer, cross_entropy(whole(run.augment(run.x)), run.y)))
 
 
 def pipeline_speed(name, batch_size, rounds, N, device):
-    """Time N batches in the first process alone and in all: by the pipeline, for BP by
-    DistributedDataParallel. Products of matrices, as many in each process, show what this machine
-    can gain. Returns, in the first process, the numbers for `show_pipeline_speed`."""
+    """Time N batches in the first process only, and in all processes: by the pipeline, and for BP
+    by DistributedDataParallel. Matrix products, N in each process, show how much this machine can
+    gain. Returns the numbers for `show_pipeline_speed` in the first process, None in others."""
     n, case = dist.get_world_size(), (name, batch_size, device)
-    piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", 8, device)()                # loads libraries
+    piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", 8, device)()            # loads the libraries
     memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device))
     matrix = torch.randn(1024, 1024, device=device)
     product = repeat(N, lambda: matrix @ matrix)
-    ways = {"Matrix products": (product, product)}              # of one process, of all together
+    ways = {"Matrix products": (product, product)}              # by one process, by all together
     for method in ("CFF+M, 1 view", "CFF+M, 2 views"):
         ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)
     ways["BP"] = repeat(N, random_step("BP", *case)), data_parallel_steps(N, *case)
@@ -211,7 +211,7 @@ def pipeline_speed(name, batch_size, rounds, N, device):
         functions[what, "together"] = together
     times = timed(functions, rounds, dist.barrier)
     for what in ways:
-        work = n if what == "Matrix products" else 1    # of all processes to that of one alone
+        work = n if what == "Matrix products" else 1    # n processes make n times the products
         alone, together = times[what, "alone"], times[what, "together"]
         methods[what] = {"alone": statistics.median(alone), "together": statistics.median(together),
                          "gain": [work * a / b for a, b in zip(alone, together)],
@@ -221,11 +221,11 @@ def pipeline_speed(name, batch_size, rounds, N, device):
 
 def show_pipeline_speed(record):
     """Print a record of `pipeline_speed` as a Markdown table."""
-    print("{batches} batches of {batch_size} random images of cifar10's size, {model}, "
-          "{processes} processes, {device}, torch {torch};\nmedians of {rounds} rounds "
+    print("{batches} batches of {batch_size} random images of CIFAR-10's size: {model}, "
+          "{processes} processes, {device}, torch {torch}.\nMedians of {rounds} rounds "
           "(min-max):\n".format(**record))
-    rows = [["What", "One process, s", f"{record['processes']} processes, s", "Gain",
-             "Speed / BP's"]]
+    rows = [["Work", "One process, s", f"{record['processes']} processes, s", "Gain",
+             "Speed / BP"]]
     for what, row in record["methods"].items():
         rows.append([what, f"{row['alone']:.1f}", f"{row['together']:.1f}", ranged(row["gain"]),
                      "-" if what == "Matrix products" else ranged(row["to_bp"])])
@@ -235,24 +235,22 @@ def show_pipeline_speed(record):
 
 def memory_line(record):
     """The memory in a record of `pipeline_speed`, in words."""
-    return ("Peak memory of the processes, one view, {model}, batch {batch_size}: ".format(**record)
+    return ("Peak memory per process, one view, {model}, batch {batch_size}: ".format(**record)
             + " + ".join(f"{MB:.0f}" for MB in record["megabytes"]) + " MB")
 
 
 def ranged(values):
-    """Median, minimum and maximum of values: "1.80 (1.75-1.84)"."""
+    """Median, minimum and maximum of values, such as "1.80 (1.75-1.84)"."""
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
-
-# ----------------------------------------------------------------------------------- command line
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=plain_name, default="vit-128-4-5", help="[vit-128-4-5]")
-    parser.add_argument("--batch-size", type=int, default=512, help="[512]")
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up [5]")
+    parser.add_argument("--batch-size", type=int, default=512, help="images per batch [512]")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up [5]")
     parser.add_argument("--batches", type=int, default=20, help="per round, with torchrun [20]")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args, device = parser.parse_args(), find_device()
     several, sizes = dist.is_torchelastic_launched(), (args.model, args.batch_size, args.rounds)
     if several:
@@ -260,7 +258,7 @@ def main():
         measured, show = pipeline_speed(*sizes, args.batches, device), show_pipeline_speed
     else:
         measured, show = speed(*sizes, device), show_speed
-    if measured:                                                # only the first process has it
+    if measured:                                                # only in the first process
         chip = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
         if device.type == "cuda":
             chip = torch.cuda.get_device_name()
@@ -268,7 +266,7 @@ def main():
         show(record)
         if args.json:
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    if several:                                                 # as pipeline.py ends
+    if several:                                                 # see the end of pipeline.py
         sys.stdout.flush()
         os._exit(0)
 

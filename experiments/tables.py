@@ -1,18 +1,19 @@
-"""Print every table of numbers on the pages README.md and records/README.md, from the records.
+"""Print every table of README.md and records/README.md, with numbers from the records.
 
     python experiments/tables.py
 
-Copy a table from here to its page; test_tables.py fails where a page differs. tables.md has the
-tables whose text is written by hand, with a name in braces for each number:
+Copy the printed tables to their pages; test_tables.py checks that they are there. tables.md is the
+template for the tables whose words are written by hand. Names in braces stand for numbers:
 
-    {tenth-cff}                        test accuracy of a run in records/, or of its seeds
-    {tenth-cff validation}             the same on validation images
+    {tenth-cff}                        test accuracy of a record, or of a group of seeds
+    {tenth-cff validation}             its validation accuracy
     {tenth-cff epochs}                 epochs to convergence (Fig. 6)
-    {tenth-cff-s0 least in 60}         least validation loss in the first 60 epochs
-    {tenth-cff-s0 equal}               that loss if all images are equally similar
-    {3 vit-128-4-5 crop cffm}          the paper's accuracy (paper.csv): table, model, setting or,
-                                       where there is none, augmentation, method
-    {CFF+M, 1 view: ratio}             an entry of speed.json; with "pipeline", of the pipeline's
+    {tenth-cff-s0 lowest in 60}        lowest validation loss in the first 60 epochs
+    {tenth-cff-s0 equal}               validation loss when all images are equally similar
+    {3 vit-128-4-5 crop cffm}          accuracy in paper.csv, by table, model, setting (if none,
+                                       augmentation) and method
+    {CFF+M, 1 view: ratio}             a ratio of times in speed.json
+    {pipeline CFF+M, 1 view: gain}     a median from pipeline-vit-128-4-2.json
 """
 import csv
 import json
@@ -39,7 +40,8 @@ def read_json(name):
 def values_of_runs():
     values = {}
     for runs in read_groups(FOLDERS):
-        for name, some in [(run.name, [run]) for run in runs] + [(table_row(runs)["Run"], runs)]:
+        single = [(run.name, [run]) for run in runs]
+        for name, some in [*single, (table_row(runs)["Run"], runs)]:
             epochs = [epochs_to_convergence(run.settings, run.log) for run in some]
             values[name] = spread([run.accuracy("test") for run in some])
             values[f"{name} validation"] = spread([run.accuracy("val") for run in some])
@@ -47,21 +49,21 @@ def values_of_runs():
         for run in runs:
             losses = choosing_losses(run.settings, run.log)
             for n in (30, 60, 120, 200):
-                values[f"{run.name} least in {n}"] = f"{min(losses[:n]):.3f}"
+                values[f"{run.name} lowest in {n}"] = f"{min(losses[:n]):.3f}"
             values[f"{run.name} equal"] = f"{loss_of_equal(run):.3f}"
     return values
 
 
 def loss_of_equal(run):
-    """The last layer's validation loss if all similarities are equal and at most 1 - m: Eq. 17 for
-    ten classes and two views; for BP, the cross-entropy of guessing."""
+    """The last layer's validation loss when all similarities are equal and at most 1 - m, for ten
+    classes and two views (Eq. 17). For BP, the cross-entropy of guessing."""
     s, images, total = run.settings, run.images[1], 0
     if s.algo == "bp":
         return math.log(10)
     m = s.mL if s.algo == "cffm" else 0
     for start in range(0, images, s.batch_size):
         B = min(s.batch_size, images - start)
-        P = 1 + 2 * (B - 1) / 10            # the other view, and both of a tenth of the others
+        P = 1 + 2 * (B - 1) / 10    # the other view, and two views of a tenth of the other images
         N = 2 * B - 1 - P
         total += B * (math.log(P * math.exp(m / s.temperature) + N) - m / s.temperature)
     return total / images
@@ -83,7 +85,7 @@ def values_of_the_paper():
     values = {}
     for row in csv.DictReader((HERE / "paper.csv").read_text().splitlines()):
         words = row["table"], row["model"], row["setting"] or row["augment"], row["method"]
-        if row["quantity"].startswith("accuracy"):          # of two data sets, the first
+        if row["quantity"].startswith("accuracy"):          # the first data set's
             values.setdefault(" ".join(words), row["value"].lstrip("-"))
     return values
 
@@ -95,8 +97,9 @@ def main():
     speed.show_speed(read_json("speed.json"))
     print()
     speed.show_pipeline_speed(read_json("pipeline-vit-128-4-2.json"))
+    print()
     for n in (1, 2, 4):
-        print(f"\n{speed.memory_line(read_json(f'pipeline-memory-{n}.json'))}")
+        print("- " + speed.memory_line(read_json(f"pipeline-memory-{n}.json")))
     print()
     show_table(read_groups(FOLDERS), markdown=True)
 

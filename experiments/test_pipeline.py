@@ -1,4 +1,4 @@
-"""Section 5.1 and Fig. 8 as tests: layers trained in parallel by real processes (pipeline.py).
+"""Section 5.1 and Fig. 8 as tests: real processes train layers in parallel (pipeline.py).
 
     python -m pytest -q experiments/test_pipeline.py
 """
@@ -23,10 +23,8 @@ PIPED = ["--model", "vit-16-2-4", "--device", "cpu", "--patch-size", "16", "--li
          "--batch-size", "64", "--epochs", "2", "--head-epochs", "1"]
 
 
-# ---------------------------------------------------------------------------------------- helpers
-
 def run_script(folder, rank, environment, argv):
-    """What a new process does to be `python argv...`, with its output in two files."""
+    """Run `python argv...` in this new process; its output goes to two files."""
     os.chdir(folder)
     for fd, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
@@ -37,7 +35,7 @@ def run_script(folder, rank, environment, argv):
 
 
 def processes(folder, n, script, *argv):
-    """Run a script in `folder` in n processes, as torchrun would: [(status, output, errors)]."""
+    """Run a script in n processes, as torchrun does. Returns [(status, output, errors)]."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -49,7 +47,7 @@ def processes(folder, n, script, *argv):
         running[rank].start()
     for rank, process in enumerate(running):
         process.join(120)
-        process.kill()                                              # if it hangs
+        process.kill()                                              # in case it hangs
         process.join()
         texts = [(folder / f"{name}{rank}.txt").read_text() for name in ("out", "err")]
         done.append((process.exitcode, *texts))
@@ -57,22 +55,20 @@ def processes(folder, n, script, *argv):
 
 
 def start(folder, n, *argv):
-    """Run pipeline.py in `folder` in n processes, all of which must end well."""
+    """Run pipeline.py in n processes, which must all succeed."""
     done = processes(folder, n, HERE / "pipeline.py", *argv)
     assert [status for status, _, _ in done] == n * [0], done
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run of train.py, to compare with."""
+    """A run of train.py, to compare the pipeline's runs with."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     run_main(*PIPED, "--out", folder)
     return folder
 
 
-# --------------------------------------------------------------------------- the same run, sooner
-
-def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(alone, tmp_path):
+def test_fig8_pipeline_gives_the_same_run_as_train_bit_for_bit(alone, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "4", HERE / "pipeline.py", *PIPED, "--out", "run"]
     subprocess.run(command, cwd=tmp_path, timeout=300, check=True,
@@ -90,7 +86,7 @@ def test_fig8_pipeline_trains_bit_for_bit_what_one_process_trains(alone, tmp_pat
     ["--algo", "symba", "--head", "--model", "mlp-16-3", "--alpha", "4", "--schedule", "cosine"],
     ["--algo", "cff", "--views", "1", "--pool", "token", "--model", "vit-16-2-3"],
 ], ids=" ".join)
-def test_fig8_other_methods_and_models_in_the_pipeline(tmp_path, flags):
+def test_fig8_pipeline_gives_the_same_run_with_other_settings(tmp_path, flags):
     run_main(*PIPED, *flags, "--out", tmp_path / "one")
     start(tmp_path, 2, *PIPED, *flags, "--out", "piped")
     assert_same_runs(tmp_path / "one", tmp_path / "piped")
@@ -99,8 +95,8 @@ def test_fig8_other_methods_and_models_in_the_pipeline(tmp_path, flags):
 @pytest.mark.parametrize("ranks, signal, words", [
     ("1", 9, "Error"), ("01", 2, "stopped; continue with: python train.py --resume --out run\n"),
 ], ids=["dead process", "Ctrl-C"])
-def test_fig8_a_run_that_ends_early_says_why_and_continues(alone, tmp_path, ranks, signal, words):
-    """After the first epoch. Ctrl-C gives one line, in the first process."""
+def test_fig8_a_stopped_run_says_why_and_can_continue(alone, tmp_path, ranks, signal, words):
+    """Stop after the first epoch. After Ctrl-C only the first process prints, and only one line."""
     (tmp_path / "script.py").write_text(f"""import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import pipeline
@@ -109,7 +105,7 @@ def train_epoch(part, batches, real=pipeline.train_epoch):
         try:
             os.kill(os.getpid(), {signal})
         finally:
-            os.kill(os.getpid(), 15)                            # torchrun's own
+            os.kill(os.getpid(), 15)                            # as torchrun does
     return real(part, batches)
 pipeline.train_epoch = train_epoch
 pipeline.main()
@@ -118,23 +114,21 @@ pipeline.main()
     (status, _, error), later = processes(tmp_path, 2, tmp_path / "script.py", *argv)
     assert status == 1 and words in error
     assert signal == 9 or (error, later) == (words, (-2, "", ""))
-    start(tmp_path, 3, "--resume", "--out", "run")              # three continue what two began
+    start(tmp_path, 3, "--resume", "--out", "run")              # three processes continue
     assert_same_runs(alone, tmp_path / "run")
 
 
 def test_fig8_pipeline_continues_a_run_that_train_began(alone, tmp_path):
     run_until("validate", 1, 1, *PIPED, "--out", tmp_path / "run")
     start(tmp_path, 2, "--resume", "--out", "run")
-    start(tmp_path, 2, "--resume", "--out", "run")              # nothing is left to do in stage 1
+    start(tmp_path, 2, "--resume", "--out", "run")              # stage 1 is already complete
     assert_same_runs(alone, tmp_path / "run")
 
 
-# --------------------------------------------------------------------- the schedule, the refusals
-
 @pytest.mark.parametrize("waits, n, chain", [
-    ("nothing", 2, 2 + 5 - 1),                          # a process for its input alone
-    ("the message before to leave", 3, 3 + 5 - 1),      # as here
-    ("its own message to be taken", 3, 1 + 2 * 5),      # no room: it and the last work by turns
+    ("nothing", 2, 2 + 5 - 1),                          # a process waits for its input only
+    ("the message before to leave", 3, 3 + 5 - 1),      # as in pipeline.py
+    ("its own message to be taken", 3, 1 + 2 * 5),      # the last two processes take turns
 ], ids=str)
 def test_fig8_longest_chain_by_hand(waits, n, chain):
     def step(process, batch, event, waited_for=None):
@@ -150,7 +144,7 @@ def test_fig8_longest_chain_by_hand(waits, n, chain):
     assert pipeline.longest_chain(trace) == chain
 
 
-def test_fig8_schedule_says_who_worked_and_waited(tmp_path, monkeypatch, capsys):
+def test_fig8_schedule_prints_the_shares_of_work_and_waiting(tmp_path, monkeypatch, capsys):
     columns = "process", "batch", "event", "waited_for", "start", "end"
     rows = [(0, 0, "send", None, 5.5, 5.5), (0, 0, "step", None, 5, 6),
             (1, 0, "receive", 0, 5.25, 5.5), (1, 0, "step", None, 5.25, 7)]
@@ -163,7 +157,7 @@ def test_fig8_schedule_says_who_worked_and_waited(tmp_path, monkeypatch, capsys)
     assert lines[3].split() == ["2", "87.5%", "12.5%", "0.0%"]
 
 
-def test_fig8_what_cannot_be_piped_is_refused(tmp_path, monkeypatch):
+def test_fig8_unsuitable_runs_are_refused(tmp_path, monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "4")
     for flags, words in ((["--algo", "collab"], "its losses depend on several layers"),

@@ -1,4 +1,4 @@
-"""What speed.py measures (Tables 2 and 6, Section 5.1), small; and the paper's own numbers.
+"""speed.py on small models (Tables 2 and 6, Section 5.1), and the paper's numbers in paper.csv.
 
     python -m pytest -q experiments/test_speed.py
 """
@@ -24,16 +24,16 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 @pytest.mark.parametrize("method", [name for name in speed.METHODS if "bf16" not in name])
 def test_nothing_in_a_step_waits_for_the_device(method):
-    """On the device "meta", where tensors have no values, asking for a value is an error."""
+    """Tensors on the device "meta" have no values, so a step that reads a value fails there."""
     run = speed.random_run(method, "vit-16-2-3", 8, META)
     run.augment = train.make_augment("crop+randaug", 4, 3 * [0.5], 3 * [0.25], None)
-    assert {p.device for p in run.model.parameters()} == {META}, "all is on the device of the run"
+    assert {p.device for p in run.model.parameters()} == {META}, "all weights are on the device"
     parts = [run.model] if method == "BP" else run.model.layers
-    run.optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in parts]    # AdamW fails
+    run.optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in parts]    # not AdamW
     assert train.train_on(run, run.x, run.y).device == META
 
 
-def test_table2_and_table6_speed_of_steps_and_inference(capsys, monkeypatch):
+def test_table2_and_table6_times_of_steps_and_inference(capsys, monkeypatch):
     monkeypatch.setattr(speed, "step_memory", lambda *case: 1.0)
     record = speed.speed("vit-8-2-2", 8, 2, CPU)
     sizes = dict(model="vit-8-2-2", batch_size=8, rounds=2, device="cpu", torch="2")
@@ -55,16 +55,16 @@ def test_section_5_1_speed_of_the_pipeline(tmp_path):
     record = json.loads((tmp_path / "speed.json").read_text())
     assert list(record["methods"]) == ["Matrix products", "CFF+M, 1 view", "CFF+M, 2 views", "BP"]
     assert record["processes"] == 2 and len(record["megabytes"]) == 2
-    assert "| CFF+M, 1 view " in done[0][1] and not done[1][1], "only the first prints"
+    assert "| CFF+M, 1 view " in done[0][1] and not done[1][1], "only the first process prints"
 
 
-def test_table1_to_table6_are_in_paper_csv_spelled_as_the_flags_of_train():
+def test_paper_csv_has_table1_to_table6_in_the_words_of_trains_flags():
     with open(HERE / "paper.csv", newline="") as file:
         rows = [tuple(row.values()) for row in csv.DictReader(file)]
-    assert len({row[:-1] for row in rows}) == len(rows) == 107, "each number once"
+    assert len({row[:-1] for row in rows}) == len(rows) == 107, "a number is missing or repeated"
     for _, dataset, model, augment, setting, method, quantity, value in rows:
-        for name, typed in (("dataset", dataset), ("augment", augment), ("algo", method)):
-            assert typed in train.SETTINGS[name][1]
+        for name, word in (("dataset", dataset), ("augment", augment), ("algo", method)):
+            assert word in train.SETTINGS[name][1]
         assert model == vit.plain_name(model)
         assert setting == "" or setting.split()[0] in train.SETTINGS
         assert math.isfinite(float(value))

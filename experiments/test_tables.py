@@ -1,4 +1,4 @@
-"""The tables and commands on the pages agree with the records.
+"""The tables and commands in README.md and records/README.md agree with the records.
 
     python -m pytest -q experiments/test_tables.py
 """
@@ -19,18 +19,18 @@ FRONT, README, RUNS = (path.read_text(encoding="utf-8") for path in (
     HERE.parent / "README.md", HERE / "README.md", HERE / "records" / "README.md"))
 
 
-def test_the_tables_on_the_pages_are_those_that_tables_prints(capsys):
+def test_the_pages_have_the_tables_that_tables_py_prints(capsys):
     tables.main()
     printed = capsys.readouterr().out
     for table in filter(None, map(str.strip, printed.split("\n\n"))):
-        assert f"\n\n{table}\n" in README + RUNS, f"python experiments/tables.py has\n{table}"
+        assert f"\n\n{table}\n" in README + RUNS, f"not on the pages:\n{table}"
     rows = "\n".join(re.findall(r"^\|.*", FRONT, flags=re.M))
     for number in re.findall(r"\d+\.\d ± \d+\.\d", rows):
-        assert number in printed, f"{number} on the front page"
+        assert number in printed, f"the front page has {number}, which no record has"
 
 
-def test_each_record_has_its_command_with_its_settings(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                         # no folder of a run is here
+def test_each_record_has_a_command_with_the_same_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                         # a folder without runs
     lines = re.findall(r"^    (.*)", RUNS.split("\n## The commands\n")[1], flags=re.M)
     script = 'python() { printf "%q " "$@"; echo; }\n' + "\n".join(lines)
     shown = subprocess.check_output(["bash", "-euc", script], text=True)
@@ -42,4 +42,4 @@ def test_each_record_has_its_command_with_its_settings(tmp_path, monkeypatch):
         without_views = () if old.algo in ("cff", "cffm", "scl") else ("views",)
         different = [name for name in train.SETTINGS if getattr(new, name) != getattr(old, name)
                      and name not in ("out", "data_dir", "device", "recipe", *without_views)]
-        assert not different, f"{folder.name}: its command has another {different}"
+        assert not different, f"{folder.name}: settings that differ from its command: {different}"

@@ -792,7 +792,7 @@ def test_table2_head_reads_all_layers_except_the_first_with_the_neutral_label(la
 
 def settings_of(*flags, out="no-such-run"):
     """The settings of train.py for these flags."""
-    return train.parse([*map(str, flags), "--out", out])[0]
+    return train.parse([*map(str, flags), "--out", str(out)])[0]
 
 
 def small_run(monkeypatch, *flags):

@@ -171,15 +171,12 @@ def set_learning_rate(run, i):
 
 def batches_of(run, labels, shuffled):
     """A list of batches, each the row numbers of its images (B,). With one view a contrastive loss
-    needs two images of a class, so batches without such a pair are dropped. Raises ValueError if
-    no batch remains."""
+    needs two images of a class, so batches without such a pair are dropped."""
     n = len(labels)
     order = torch.randperm(n, generator=run.generator) if shuffled else torch.arange(n)
     batches = order.to(labels.device).split(run.settings.batch_size)
     if run.method in ("cff", "cffm", "scl") and run.settings.views == 1:
         batches = [rows for rows in batches if len(labels[rows].unique()) < len(rows)]
-    if not batches:
-        raise ValueError("no batch has two images of a class, which --views 1 needs")
     return batches
 
 
@@ -636,17 +633,15 @@ def parse(argv=None):
         if changed:
             parser.error(f"--resume keeps the run's settings: {', '.join(changed)} cannot change")
         return SimpleNamespace(**s | typed), saved
-    recipe = typed.get("recipe")
-    if typed.get("dataset") == "mnist" and typed.get("model", "mlp").startswith("vit"):
-        recipe = recipe or "none"                       # MNIST's own recipe is for MLPs
-    s = defaults(typed.get("dataset", "shapes"), typed.get("algo", "cffm"), recipe) | typed
+    chosen = [typed.get(name, DEFAULTS[name]) for name in ("dataset", "algo")]
+    s = defaults(*chosen, typed.get("recipe")) | typed
     parser.set_defaults(**s)
     parser.parse_args(argv)                             # --help ends here, with these defaults
     for name, (_, allowed, _) in SETTINGS.items():
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
     if s["recipe"] == "mlp" and not s["model"].startswith("mlp"):
-        parser.error(f"--recipe mlp is not for {s['model']}: add --model mlp-800-4, or another MLP")
+        parser.error(f"recipe mlp is for MLPs: add --recipe none, or another model than {s['model']}")
     if s["head"] and s["algo"] not in WITH_LABELS:
         parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
     if not s["out"]:

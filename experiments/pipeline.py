@@ -16,7 +16,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from shlex import join
+from subprocess import list2cmdline
 from types import SimpleNamespace
 
 import torch
@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from cff import unit
-from eval import print_table
 
 
 # ---------------------------------------------------------------------------- a process's layers
@@ -240,25 +239,17 @@ def longest_chain(trace):
 
 
 def show_schedule(folder, batches=8):
-    """Print how long each process worked and waited in the last epoch; draw its first batches."""
+    """Print the longest chain of steps in the last epoch of a pipeline; draw its first batches."""
     path = Path(folder) / "trace.json"
     if not path.exists():
         raise SystemExit(f"{path} is missing: pipeline.py has not trained this run")
     trace = json.loads(path.read_text())
     n, N = 1 + max(row["process"] for row in trace), 1 + max(row["batch"] for row in trace)
-    total = max(row["end"] for row in trace) - min(row["start"] for row in trace)
     print(f"{folder}: {N} batches on {n} processes: the longest chain of dependent steps has "
           f"{longest_chain(trace)} steps; one process would make {n * N}")
-    rows = [["Process", "in steps", "of this, waiting for input", "of this, waiting to send"]]
-    for process in range(n):
-        spent = {"step": 0, "receive": 0, "send": 0}
-        for row in (row for row in trace if row["process"] == process):
-            spent[row["event"]] += row["end"] - row["start"]
-        rows.append([process + 1, *(f"{seconds / total:.1%}" for seconds in spent.values())])
-    print_table(rows)
     try:
         draw_schedule(trace, n, min(batches, N), path.with_name("schedule.png"))
-    except ImportError as reason:                               # the numbers are printed anyway
+    except ImportError as reason:                               # the chain is printed anyway
         print(f"no picture: {reason}; pip install matplotlib")
 
 
@@ -284,13 +275,10 @@ def draw_schedule(trace, n, batches, path):
 def start_run(argv):
     """The run of a command line. Raises ValueError if the pipeline cannot train it."""
     s, saved = train.parse(argv)
-    n, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    gpus = torch.cuda.device_count() if s.device != "cpu" else 0
+    n = int(os.environ["WORLD_SIZE"])
     if s.algo not in ("cff", "cffm", "ff", "symba"):
         raise ValueError(f"--algo {s.algo} cannot run in the pipeline: its losses depend on "
                          "several layers")
-    if 0 < gpus < here:
-        raise ValueError(f"{here} processes for {gpus} GPUs: start fewer, or use --device cpu")
     run = train.make_run(s, saved)
     if n > len(run.model.layers):
         raise ValueError(f"{n} processes for {len(run.model.layers)} layers: start fewer")
@@ -301,7 +289,7 @@ def start_run(argv):
 
 def lead(run):
     """The work of the first process: `train.train`, with stage 1 by all processes."""
-    go_on = "continue with: " + join(["python", "train.py", "--resume", "--out", str(run.folder)])
+    command = list2cmdline(["python", "train.py", "--resume", "--out", str(run.folder)])
     try:
         connect()
         print(f"{run.folder}, by {dist.get_world_size()} processes", flush=True)
@@ -309,10 +297,8 @@ def lead(run):
             train_encoder(run)
         broadcast(None)                                         # tells the others to end
         train.train(run)                                        # stage 2 and the test
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; {go_on}")
-    except OSError as reason:
-        raise SystemExit(f"pipeline.py: error: {reason}; {go_on}")
+    except (KeyboardInterrupt, OSError) as reason:      # Ctrl-C has no words; a full disk has
+        raise SystemExit(f"{str(reason) or 'stopped'}; continue with: {command}")
 
 
 def main():

@@ -194,14 +194,12 @@ def data_parallel_steps(N, name, batch_size, device):
 
 def pipeline_speed(name, batch_size, rounds, N, device):
     """Time N batches in the first process only, and in all processes: by the pipeline, and for BP
-    by DistributedDataParallel. Matrix products, N in each process, show how much this machine can
-    gain. Returns the numbers for `show_pipeline_speed` in the first process, None in others."""
+    by DistributedDataParallel. Returns the numbers for `show_pipeline_speed` in the first process,
+    None in others."""
     n, case = dist.get_world_size(), (name, batch_size, device)
     piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", 8, device)()            # loads the libraries
     memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device))
-    matrix = torch.randn(1024, 1024, device=device)
-    product = repeat(N, lambda: matrix @ matrix)
-    ways = {"Matrix products": (product, product)}              # by one process, by all together
+    ways = {}                                                   # by one process, by all together
     for method in ("CFF+M, 1 view", "CFF+M, 2 views"):
         ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)
     ways["BP"] = repeat(N, random_step("BP", *case)), data_parallel_steps(N, *case)
@@ -211,10 +209,9 @@ def pipeline_speed(name, batch_size, rounds, N, device):
         functions[what, "together"] = together
     times = timed(functions, rounds, dist.barrier)
     for what in ways:
-        work = n if what == "Matrix products" else 1    # n processes make n times the products
         alone, together = times[what, "alone"], times[what, "together"]
         methods[what] = {"alone": statistics.median(alone), "together": statistics.median(together),
-                         "gain": [work * a / b for a, b in zip(alone, together)],
+                         "gain": [a / b for a, b in zip(alone, together)],
                          "to_bp": [b / a for a, b in zip(together, times["BP", "together"])]}
     return memory and {"processes": n, "megabytes": memory, "methods": methods}
 
@@ -228,7 +225,7 @@ def show_pipeline_speed(record):
              "Speed / BP"]]
     for what, row in record["methods"].items():
         rows.append([what, f"{row['alone']:.1f}", f"{row['together']:.1f}", ranged(row["gain"]),
-                     "-" if what == "Matrix products" else ranged(row["to_bp"])])
+                     ranged(row["to_bp"])])
     print_table(rows, markdown=True)
     print("\n" + memory_line(record))
 

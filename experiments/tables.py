@@ -9,7 +9,8 @@ template for the tables whose words are written by hand. Names in braces stand f
     {tenth-cff validation}             its validation accuracy
     {tenth-cff epochs}                 epochs to convergence (Fig. 6)
     {tenth-cff-s0 lowest in 60}        lowest validation loss in the first 60 epochs
-    {tenth-cff-s0 equal}               validation loss when all images are equally similar
+    {tenth-cff-s0 below equal}         for each layer, the first epoch with a validation loss below
+                                       the loss of equally similar images
     {3 vit-128-4-5 crop cffm}          accuracy in paper.csv, by table, model, setting (if none,
                                        augmentation) and method
     {CFF+M, 1 view: ratio}             a ratio of times in speed.json
@@ -28,6 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import speed
 from eval import choosing_losses, epochs_to_convergence, read_groups, show_table, spread, table_row
+from losses import margins
 
 RECORDS = HERE / "records"
 FOLDERS = sorted(path.parent for path in RECORDS.glob("*/result.json"))
@@ -50,21 +52,31 @@ def values_of_runs():
             losses = choosing_losses(run.settings, run.log)
             for n in (30, 60, 120, 200):
                 values[f"{run.name} lowest in {n}"] = f"{min(losses[:n]):.3f}"
-            values[f"{run.name} equal"] = f"{loss_of_equal(run):.3f}"
+            if run.settings.recipe == "tenth" and run.settings.algo in ("cff", "cffm"):
+                values[f"{run.name} below equal"] = first_epochs_below_equal(run)
     return values
 
 
-def loss_of_equal(run):
-    """The last layer's validation loss when all similarities are equal and at most 1 - m, for ten
-    classes and two views (Eq. 17). For BP, the cross-entropy of guessing."""
+def first_epochs_below_equal(run):
+    """For each layer, the first epoch with a validation loss below that of equal similarities."""
+    s, L = run.settings, int(run.settings.model.split("-")[-1])
+    by_layer = margins(s.m0, s.mL, L, s.decay) if s.algo == "cffm" else L * [0.0]
+    found = []
+    for l, m in enumerate(by_layer, start=1):
+        equal = loss_of_equal(run, m)
+        below = [i for i, row in enumerate(run.log, start=1) if row[f"val_loss_{l}"] < equal]
+        found.append(str(below[0]) if below else "never")
+    return ", ".join(found)
+
+
+def loss_of_equal(run, m):
+    """The validation loss with margin m when all similarities are equal and at most 1 - m (Eq. 17),
+    for ten classes."""
     s, images, total = run.settings, run.images[1], 0
-    if s.algo == "bp":
-        return math.log(10)
-    m = s.mL if s.algo == "cffm" else 0
     for start in range(0, images, s.batch_size):
         B = min(s.batch_size, images - start)
-        P = 1 + 2 * (B - 1) / 10    # the other view, and two views of a tenth of the other images
-        N = 2 * B - 1 - P
+        P = s.views - 1 + s.views * (B - 1) / 10    # other views; all views of a tenth of the rest
+        N = s.views * B - 1 - P
         total += B * (math.log(P * math.exp(m / s.temperature) + N) - m / s.temperature)
     return total / images
 

@@ -91,12 +91,6 @@ def test_fig4b_points_are_means_of_seeds_and_cff_is_a_horizontal_line():
     assert list(cffm.get_ydata()) == [expected["cffm", m0] for m0 in (0.2, 0.4, 0.6, 0.8)]
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "sklearn.manifold"])
-def test_a_missing_package_is_named_in_one_line(package, run, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, package, None)
-    assert "pip install " in refusal(capsys, "fig5", run)
-
-
 @pytest.mark.parametrize("reason", [OSError, ValueError, ImportError])
 def test_a_reason_is_never_empty(reason, monkeypatch, capsys):
     def refuse(*_):

@@ -39,7 +39,7 @@ def processes(folder, n, script, *argv):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {"TORCHELASTIC_RUN_ID": "0", "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+    environment = {"TORCHELASTIC_RUN_ID": "0", "WORLD_SIZE": str(n),
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     argv, running, done = [str(script), *map(str, argv)], [], []
     for rank in range(n):
@@ -144,22 +144,19 @@ def test_fig8_longest_chain_by_hand(waits, n, chain):
     assert pipeline.longest_chain(trace) == chain
 
 
-def test_fig8_schedule_prints_the_shares_of_work_and_waiting(tmp_path, monkeypatch, capsys):
+def test_fig8_schedule_says_how_long_the_longest_chain_is(tmp_path, monkeypatch, capsys):
     columns = "process", "batch", "event", "waited_for", "start", "end"
     rows = [(0, 0, "send", None, 5.5, 5.5), (0, 0, "step", None, 5, 6),
             (1, 0, "receive", 0, 5.25, 5.5), (1, 0, "step", None, 5.25, 7)]
     (tmp_path / "trace.json").write_text(json.dumps([dict(zip(columns, row)) for row in rows]))
     monkeypatch.setattr(sys, "argv", ["pipeline.py", "--schedule", str(tmp_path)])
     pipeline.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert "1 batches on 2 processes: the longest chain of dependent steps has 2" in lines[0]
-    assert lines[2].split() == ["1", "50.0%", "0.0%", "0.0%"]
-    assert lines[3].split() == ["2", "87.5%", "12.5%", "0.0%"]
+    words = "1 batches on 2 processes: the longest chain of dependent steps has 2"
+    assert words in capsys.readouterr().out
 
 
 def test_fig8_unsuitable_runs_are_refused(tmp_path, monkeypatch):
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     for flags, words in ((["--algo", "collab"], "its losses depend on several layers"),
                          (["--model", "mlp-8-3", "--device", "cpu"], "4 processes for 3 layers")):
         with pytest.raises(ValueError, match=words):

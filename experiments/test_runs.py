@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import cff
 import eval as evaluation
 import train
+from test_cff import settings_of
 
 TINY = ["--device", "cpu", "--model", "vit-16-2-2", "--limit", "225", "--epochs", "1",
         "--head-epochs", "1", "--batch-size", "90", "--patch-size", "16"]
@@ -38,10 +39,6 @@ torch.set_num_threads(1)                                    # the same rounding 
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 PROCESSES = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
 PROCESSES.set_forkserver_preload(["torch._dynamo", "torchvision.transforms.v2", "pytest"])
-
-
-def settings_of(*flags, out="no-such-run"):
-    return train.parse([*map(str, flags), "--out", str(out)])[0]
 
 
 def make_run(*flags, **out):

@@ -4,8 +4,8 @@
     python classroom/grade.py mine.py [-k task04]                   grade it, from any folder
     python classroom/grade.py submissions/*.py --csv grades.csv     one row per student
 
-A child process runs the project's own tests with the student's functions in the project's place,
-and notes each result at once. If it hangs or dies, a new child grades the tasks that are left.
+A child process runs the project's own tests on the student's functions and saves each result at
+once. If it hangs or crashes, a new child grades the remaining tasks.
 """
 import argparse
 import csv
@@ -37,7 +37,7 @@ import vit
 
 PROJECT = {module.__name__: module for module in (cff, losses, pipeline, pooled, vit)}
 TEST_FILES = ["classroom/test_by_hand.py", "test_cff.py", "experiments/test_pipeline.py"]
-TASKS = {       # task: (paper, what to write, the tests that grade it, simplest first)
+TASKS = {       # task: (part of the paper, functions to write, tests from simple to hard)
     "task01": ("Eqs. 1 and 2", [losses.goodness, losses.ff_loss],
         ["test_worked_example_of_goodness", "test_eq1_goodness_is_the_mean_of_squares",
          "test_eq2_is_binary_cross_entropy_with_logits"]),
@@ -72,21 +72,20 @@ TASKS = {       # task: (paper, what to write, the tests that grade it, simplest
         ["test_patches_put_back_together_are_the_image", "test_attention_by_hand",
          "test_section_3_4_attention_is_torchs", "test_section_3_4_encoder_layer_is_torchs"]),
     "task10": ("Figs. 4a and 8", [losses.margins, pipeline.longest_chain],
-         ["test_fig4a_margins", "test_fig8_longest_chain_by_hand"]),
+        ["test_fig4a_margins", "test_fig8_longest_chain_by_hand"]),
     "task11": ("the mean of Eq. 13, with less work", [pooled.pooled_output],
-         ["test_pooled_output_part_by_part",
-          "test_pooled_output_gives_each_parameter_its_gradient",
-          "test_pooled_output_takes_fewer_products"]),
+        ["test_pooled_output_part_by_part", "test_pooled_output_gives_each_parameter_its_gradient",
+         "test_pooled_output_takes_fewer_products"]),
 }
-FILE = "students_file.py"       # the child's copy of what is graded
-PRINTED = 10_000                # characters kept of what a student's code prints
-MEMORY = 4 * 2**30              # bytes that a child may take, on Linux
+FILE = "students_file.py"       # the child's copy of the file that it grades
+PRINTED = 10_000                # characters of its output that a report keeps
+MEMORY = 4 * 2**30              # a child's memory limit on Linux, in bytes
 
 
 # ------------------------------------------------------------------------------ the template
 
 def template():
-    """The text of the file a student starts from: signatures and docstrings of all tasks."""
+    """The text of a new file for a student: the signatures and docstrings of all tasks."""
     parts = ['"""My solutions to the tasks of classroom/README.md."""\nimport math\n\n'
              'import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n']
     for task, (paper, answers, _) in TASKS.items():
@@ -95,7 +94,7 @@ def template():
 
 
 def stub(task, answer):
-    """The head of a function or class, to the end of its docstring; its code is to be written."""
+    """The source of a function or class up to its docstring, with a `raise` instead of code."""
     source, to_write = inspect.getsource(answer), f'raise NotImplementedError("{task}")\n'
     head = source[:source.index('"""', source.index('"""') + 3) + 3] + "\n"
     if inspect.isfunction(answer):
@@ -107,26 +106,27 @@ def stub(task, answer):
 # ----------------------------------------------------- the child process: pytest with a plugin
 
 def to_do(text):
-    """What stands in the place of a function that a student has not written."""
+    """A function that raises NotImplementedError(text)."""
     def refuse(*arguments, **keywords):
         raise NotImplementedError(text)
     return refuse
 
 
 def hide_answers():
-    """From now on, whoever imports the project gets copies of its modules without the answers."""
-    instead = {id(answer): to_do(f"{task}: {answer.__module__}.{answer.__name__} is the answer")
+    """Replace the project's modules by copies without the answers, for all later imports."""
+    instead = {id(answer): to_do(f"{task}: write your own {answer.__module__}.{answer.__name__}")
                for task, (_, answers, _) in TASKS.items() for answer in answers}
-    instead[id(cff.one_forward_step)] = to_do("task07: cff.one_forward_step is half of the answer")
+    instead[id(cff.one_forward_step)] = to_do("task07: write your own cff.one_forward_step")
     for name, module in PROJECT.items():
         sys.modules[name] = types.ModuleType(name)
-        for key, value in vars(module).items():                 # an answer may have another name
+        for key, value in vars(module).items():                 # an answer may have two names
             setattr(sys.modules[name], key, instead.get(id(value), value))
 
 
 def guarded(mine, theirs):
-    """`mine`, called with copies of its tensors; it may not change them, or return None."""
+    """`mine`, but with an error if it changes a tensor or returns the wrong type."""
     name, parameters = theirs.__qualname__, inspect.signature(theirs).parameters
+    kind = {"margins": list, "longest_chain": int}.get(name, torch.Tensor)
 
     def call(*arguments, **keywords):
         copies = [value.clone() if torch.is_tensor(value) else value for value in arguments]
@@ -134,33 +134,34 @@ def guarded(mine, theirs):
         for parameter, value, copy in zip(parameters, arguments, copies):
             assert not torch.is_tensor(value) or torch.equal(value, copy), \
                 f"{name} changes its argument {parameter}: compute a new tensor instead"
-        assert result is not None, f"{name} returned None: is its `return` missing?"
+        assert isinstance(result, kind), \
+            f"{name} must return type {kind.__name__}, not {str(result)[:100]}: check its `return`"
         return result
     return call
 
 
 def students_lines(trace):
-    """The lines of the student's file in a traceback: ["line 3 in goodness"]."""
+    """The lines of the student's file in a traceback, for example ["line 3 in goodness"]."""
     found = re.findall(rf'{FILE}", line (\d+),? in (\S+)', trace)
     return [f"line {line} in {function}" for line, function in found]
 
 
 def explain(error):
-    """An error in one line of text, with the student's line that raised it."""
-    words = " ".join(str(error).split("\nassert")[0].split())[:1000]
+    """Describe an error in one line of text, with the student's line if one raised it."""
+    words = " ".join(re.split(r"\n *(?:assert|\+) ", str(error))[0].split())[:1000]
+    lines = students_lines("".join(traceback.format_tb(error.__traceback__)))
     if isinstance(error, NotImplementedError) and re.match(r"task\d\d", words):
-        return f"to do: {words}"
-    where = students_lines("".join(traceback.format_tb(error.__traceback__)))
-    if where or not isinstance(error, AssertionError):
-        where = where[-1] if where else "the test of your result"
+        return f"to do: {words}" + "".join(f" ({line})" for line in lines[-1:])
+    if lines or not isinstance(error, AssertionError):
+        where = lines[-1] if lines else "the test that used your code"
         return f"{where} raised {type(error).__name__}: {words[:300]}"
     if re.search(r"the largest difference is \S+e-0[7-9]$", words):
-        words += "; float32 rounding: use P.to(f)"
-    return words
+        words += "; this is float32 rounding: convert masks with P.to(f)"
+    return re.sub("^assert ", "your result fails the check: ", words)
 
 
 class Plugin:
-    """Runs the tests of tasks, with the functions of `self.mine` in the project's place."""
+    """Runs the tests of each task on the student's functions, `self.mine`."""
 
     def __init__(self, folder, seconds, tasks):
         self.folder, self.seconds, self.tasks = Path(folder), seconds, tasks
@@ -168,20 +169,20 @@ class Plugin:
         self.trace = open(self.folder / "grade.trace", "w", encoding="utf-8")
 
     def run(self):
-        """Run pytest without the settings in the project's folder and above; returns its status."""
+        """Run pytest without settings files or conftest.py; returns its exit status."""
         os.chdir(ROOT)                                  # pytest misreads a "[" in a path
         return pytest.main([*TEST_FILES, "-c", os.devnull, "--rootdir=.", "--noconftest",
                             "--capture=no", "-p", "no:terminal", "-p", "no:cacheprovider",
                             "-p", "no:faulthandler"], plugins=[self])
 
     def note(self, *words):
-        """Write a line for the parent. Unless another follows in time, the child ends itself."""
+        """Write a line for the parent. If no other line follows in time, the child exits."""
         self.notes.write(json.dumps(words) + "\n")
         faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.trace)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
-        """Read the student's file, now that the tests have imported the project; then grade it."""
+        """Import the student's file after the tests have imported the project; then grade it."""
         assert not session.testsfailed, f"pytest cannot import one of {TEST_FILES}"
         hide_answers()
         os.chdir(self.folder)
@@ -192,7 +193,7 @@ class Plugin:
         self.note("begun")
         try:
             self.mine = importlib.import_module(Path(FILE).stem)
-        except BaseException as error:                  # whatever a file of Python can raise
+        except BaseException as error:                  # a student's file can raise anything
             self.note("refused", explain(error))
             return True
         self.note("read")
@@ -201,25 +202,26 @@ class Plugin:
         return True
 
     def outcomes(self, task, items):
-        """Yield (test, words) for each case of a task's tests; words are None if it passes."""
+        """Yield (test, words) for each test case of a task; words are None if it passes."""
         _, answers, tests = TASKS[task]
         for item in [item for test in tests for item in items if item.originalname == test]:
             torch.manual_seed(0)
-            torch.set_default_dtype(torch.float32)      # a student's code may have set these two
+            torch.set_default_dtype(torch.float32)      # a student's code may have changed these
             torch.set_grad_enabled(True)
             with pytest.MonkeyPatch.context() as project:
                 for theirs in answers:
-                    mine = getattr(self.mine, theirs.__name__, to_do(task))
+                    name = theirs.__name__
+                    mine = getattr(self.mine, name, to_do(f"{task}, your file has no {name}"))
                     if hasattr(mine, "forward"):        # a class
                         project.setattr(mine, "forward", guarded(mine.forward, theirs.forward))
                     else:
                         mine = guarded(mine, theirs)
-                    project.setattr(PROJECT[theirs.__module__], theirs.__name__, mine)
+                    project.setattr(PROJECT[theirs.__module__], name, mine)
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
             yield item.originalname, self.words
 
     def pytest_runtest_makereport(self, item, call):
-        """A report without a traceback, which would take pytest longer than the test."""
+        """Keep the words for a failure; pytest's own traceback would take longer than the test."""
         status = "failed" if call.excinfo else "passed"
         if call.excinfo:
             self.words = explain(call.excinfo.value)
@@ -229,7 +231,7 @@ class Plugin:
 
 
 def judge(task, outcomes):
-    """(state, words): "done", "to do" or how many tests pass, and what fails first."""
+    """(state, words): "done", "to do" or, say, "3 of 5"; the words explain the first failure."""
     failures = [(test, words) for test, words in outcomes if words is not None]
     passed = {test for test, _ in outcomes} - {test for test, _ in failures}
     tests = set(TASKS[task][2])
@@ -237,17 +239,17 @@ def judge(task, outcomes):
         return "done", ""
     test, words = failures[0]
     if all(words and words.startswith("to do") for _, words in outcomes):
-        return "to do", "" if words == f"to do: {task}" else words
+        return "to do", "" if re.match(f"to do: {task}([ ,]|$)", words) else words
     return f"{len(passed)} of {len(tests)}", f"{words} (in {test})"
 
 
 # ------------------------------------------------- the parent: children, reports, command line
 
 def run_child(source, seconds, tasks):
-    """Grade tasks in a child: its notes by their first word, what it printed, how it ended."""
+    """Grade tasks in a child process: ({first word of a note: the rest}, output, how it ended)."""
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg",
-                "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "PYTEST_ADDOPTS": "",
-                "PYTEST_PLUGINS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+                "PYTHONBREAKPOINT": "0", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8",
+                "PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Path(folder, FILE).write_bytes(source)
         command = [sys.executable, __file__, "--child", folder, str(seconds), *tasks]
@@ -258,19 +260,19 @@ def run_child(source, seconds, tasks):
             printed = file.read(PRINTED)
         notes = Path(folder, "grade.notes").read_text("utf-8").splitlines()
         trace = Path(folder, "grade.trace").read_text("utf-8", "replace")
-    ended = f"no result in {seconds:g} s" if "Timeout" in trace else "Python ended"
+    ended = f"no result in {seconds:g} s" if "Timeout" in trace else "Python exited"
     ended = ", at ".join([ended, *students_lines(trace)[:1]])
     return {key: words for key, *words in map(json.loads, notes)}, printed, ended
 
 
 def examine(path, tasks, seconds):
-    """Grade a file: {task: (state, words)}, what it printed, why it cannot be read."""
+    """Grade a file: ({task: (state, words)}, its output, why it cannot be graded or "")."""
     try:
         source = Path(path).read_bytes()
         if source[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError("it is saved as UTF-16: save it as UTF-8")
+            raise ValueError("it is saved as UTF-16; save it as UTF-8")
         compile(source, Path(path).name, "exec")
-    except Exception as error:                          # whatever the parser can raise
+    except Exception as error:                          # Python's parser raises many errors
         return {}, "", f"{type(error).__name__}: {error}"
     results, printed, left = {}, "", list(tasks)
     while left:
@@ -280,13 +282,13 @@ def examine(path, tasks, seconds):
             return {}, printed, notes.get("refused", [ended])[0]
         results |= {task: notes[task] for task in left if task in notes}
         left = [task for task in left if task not in notes]
-        if left:                                        # the first of them has ended the child
+        if left:                                        # the first of them ended the child
             results[left.pop(0)] = "stopped", ended
     return results, printed, ""
 
 
 def report(headline, printed, results):
-    """The text that a student reads."""
+    """The text that a student reads, as one string."""
     lines = [headline, *printed.splitlines()]
     for task, (state, words) in results.items():
         lines.append(f"{task}  {state:9s} {TASKS[task][0]}")
@@ -296,15 +298,16 @@ def report(headline, printed, results):
 
 
 def grade_files(options, tasks):
-    """Grade files, several at once; write and print each result as it comes."""
+    """Grade up to four files at once; write and print the results in order. Returns the status."""
     names = [Path(path).stem for path in options.files]
-    if len(set(names)) < len(names):                    # one folder per student
+    if len(set(names)) < len(names):                    # two files have the same name
         names = [f"{Path(path).absolute().parent.name}-{Path(path).stem}" for path in options.files]
+    for path in filter(None, (options.csv, options.reports)):       # check both, then write
+        if os.path.exists(path) and not options.force:
+            raise FileExistsError(f"{path} exists: choose another name, or add --force")
+    table = csv.writer(open(options.csv or os.devnull, "w", 1, "utf-8-sig", newline=""))
     if options.reports:
-        Path(options.reports).mkdir(exist_ok=options.force)
-    mode = "w" if options.force or not options.csv else "x"
-    table = csv.writer(open(options.csv or os.devnull, mode, buffering=1, encoding="utf-8-sig",
-                            newline=""))
+        Path(options.reports).mkdir(exist_ok=True)
     table.writerow(["name", "status", "points", "maximum", *tasks,
                     *(f"{task} words" for task in tasks)])
     worst, pool = 0, ThreadPool(min(4, os.cpu_count()))
@@ -323,35 +326,40 @@ def grade_files(options, tasks):
 
 
 def grade(arguments):
-    """Run a command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="grade.py", description="Grade files of the tasks.")
-    parser.add_argument("files", nargs="+", metavar="mine.py")
-    parser.add_argument("--template", action="store_true", help="write a new file to start from")
-    parser.add_argument("-k", action="append", metavar="task04", help="grade this task only")
-    parser.add_argument("--seconds", type=float, default=60, help="limit for a task, default 60")
-    parser.add_argument("--csv", metavar="grades.csv", help="write one row per file")
-    parser.add_argument("--reports", metavar="DIR", help="write one text file per student")
-    parser.add_argument("--force", action="store_true", help="let these two overwrite files")
+    """Run a command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="grade.py", description="Grade answers to the tasks.")
+    parser.add_argument("files", nargs="+", metavar="mine.py", help="files with answers")
+    parser.add_argument("--template", action="store_true", help="write a new mine.py to start from")
+    parser.add_argument("-k", action="append", metavar="task04", help="one task; repeat for more")
+    parser.add_argument("--seconds", type=float, default=60, help="time limit per task, default 60")
+    parser.add_argument("--csv", metavar="grades.csv", help="write a table, one row per file")
+    parser.add_argument("--reports", metavar="DIR", help="write one report per file")
+    parser.add_argument("--force", action="store_true", help="let --csv and --reports overwrite")
     options = parser.parse_args(arguments)
-    only = ",".join(options.k or TASKS).split(",")
-    if not set(only) <= set(TASKS):
-        parser.error(f"-k {','.join(only)}: tasks are named task01 ... {max(TASKS)}")
+    if hasattr(sys.stdout, "reconfigure"):              # IDLE and notebooks do not have it
+        sys.stdout.reconfigure(errors="backslashreplace")   # a console may lack a character
+    unknown = [task for task in options.k or [] if task not in TASKS]
+    if unknown:
+        parser.exit(2, f"-k {unknown[0]}: use one of task01 ... {max(TASKS)}; repeat -k for more\n")
+    if not 0 < options.seconds < 1e6:
+        parser.exit(2, f"--seconds {options.seconds:g}: use a number between 0 and 1,000,000\n")
+    if Path(options.csv or "").suffix.lower() == ".py":     # --force would overwrite an answer
+        parser.exit(2, f"--csv {options.csv}: this is a Python file; give the table's name first\n")
     try:
         if not options.template:
-            return grade_files(options, [task for task in TASKS if task in only])
-        with open(options.files[0], "x", encoding="utf-8") as file:     # never over a file
+            return grade_files(options, [task for task in TASKS if task in (options.k or TASKS)])
+        with open(options.files[0], "x", encoding="utf-8") as file:     # never overwrites
             file.write(template())
         return 0
-    except OSError as error:
-        parser.exit(2, f"{error}\n")
+    except (OSError, KeyboardInterrupt) as error:
+        parser.exit(2, f"{str(error) or 'stopped by Ctrl-C'}\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         _, _, folder, seconds, *tasks = sys.argv
         plugin = Plugin(folder, float(seconds), tasks)
-        faulthandler.enable(plugin.trace)               # a crash leaves its line, too
+        faulthandler.enable(plugin.trace)               # writes the line of a crash
         plugin.run()
         os._exit(0)
-    sys.stdout.reconfigure(errors="backslashreplace")   # a console may lack letters of a name
     sys.exit(grade(sys.argv[1:]))

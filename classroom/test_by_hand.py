@@ -1,4 +1,4 @@
-"""Small tests that grading begins with: the README's four vectors, one part of a task at a time.
+"""Small tests, which the grader runs first: the README's examples, and single parts of a task.
 
     python -m pytest -q classroom/test_by_hand.py
 """
@@ -22,30 +22,28 @@ import pooled
 import vit
 from test_cff import check, inputs_of, slow_loss, small_case
 
-
 FOUR = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
 TWO = torch.tensor([0, 0, 1, 1])
 e = math.exp
 
 
 def four(text, *numbers):
-    """(expected, what `check` says) of the worked example: m = 0.4, tau = 1, as in the README."""
+    """For `check`: the tensor that the four vectors should give, and how its message begins."""
     expected = torch.tensor(numbers if len(numbers) > 1 else numbers[0], dtype=torch.float64)
     return expected, f"four vectors, {text}"
 
 
 def test_worked_example_of_goodness():
     h = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
-    check(losses.goodness(h), torch.tensor([6.25]), "Eq. 1 / E of [3, 4, 0, 0]", 1e-6)
+    check(losses.goodness(h), torch.tensor([6.25]), "Eq. 1 divided by E, for [3, 4, 0, 0]", 1e-6)
     got = losses.ff_loss(torch.tensor([2.0]), torch.tensor([2.0]), 2.0)
-    check(got, torch.tensor(math.log(2)), "Eq. 2 at G^pos = G^neg = theta, ln 2", 1e-6)
+    check(got, torch.tensor(math.log(2)), "Eq. 2 at G^pos = G^neg = theta is ln 2", 1e-6)
 
 
 def test_eq3_of_two_equal_rows_is_zero():
     f = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     check(losses.contrastive_loss(f, torch.tensor([7, 7]), 1.0), torch.tensor(0.0),
-          "Eq. 3 of two equal rows of one class, -ln(e / e): A(i) is every row but row i itself",
-          1e-6)
+          "Eq. 3 for two equal rows of one class is -ln(e / e); A(i) has all rows except i", 1e-6)
 
 
 def test_worked_example_of_eq3():
@@ -67,7 +65,7 @@ def test_worked_example_of_eq12():
 def test_worked_example_of_the_margin():
     R = losses.saturated(FOUR, TWO, 0.4).nonzero().tolist()
     assert R == [[0, 1], [1, 0]], \
-        f"four vectors, Sec. 3.5: R(0) = {{1}}, R(1) = {{0}}, no other; got {R}"
+        f"four vectors, Sec. 3.5: the saturated pairs are [0, 1] and [1, 0]; got {R}"
     Z = [e(1) + 1 + e(-1), e(1) + e(0.6) + e(-0.8), e(0.4) + 1 + e(0.6), e(0.4) + e(-1) + e(-0.8)]
     L = [math.log(Z[0]) - 1, math.log(Z[1]) - 1, math.log(Z[2]) - 0.4, math.log(Z[3]) - 0.4]
     got = losses.marginal_contrastive_loss(FOUR, TWO, 0.4, 1.0)
@@ -86,7 +84,7 @@ def test_worked_example_of_eq18():
 def test_worked_example_of_a5_a6_a7():
     Z0, Z2 = e(1) + 1 + e(-1), e(0.4) + 1 + e(0.6)
     check(losses.grad_positive(FOUR, TWO, 0, 1, 0.4, 1.0),
-          *four("Eq. A.5, i = 0, k = 1 in R(0): nothing", 0.0, 0.0))
+          *four("Eq. A.5, i = 0: k = 1 is in R(0), so the gradient is 0", 0.0, 0.0))
     check(losses.grad_positive(FOUR, TWO, 2, 3, 0.4, 1.0),
           *four("Eq. A.6, i = 2, k = 3: (-1 + e^0.4 / Z_2) f_2", 0.0, e(0.4) / Z2 - 1))
     check(losses.grad_negative(FOUR, TWO, 0, 2, 0.4, 1.0),
@@ -100,29 +98,29 @@ def test_algorithm1_on_an_mlp_of_one_layer():
     f = model.layers[0](x.flatten(1))
     expected = slow_loss(f / f.norm(dim=1, keepdim=True), y, 0.4, 0.3).detach()[None]
     got = cff.cff_step(model, optimizers, x, y, lambda x: x, [0.4], 0.3, views=1)
-    check(got, expected, "Algorithm 1, views=1, an MLP of one layer, no augmentation: the loss of "
-          "f/norm2(f), each row of f divided by its own length")
+    check(got, expected, "Algorithm 1 with views=1, one MLP layer and no augmentation returns the "
+          "loss of f/norm2(f): divide each row of f by its own length")
 
 
 def test_algorithm1_clears_old_gradients():
     model, optimizers, x, y, _ = small_case("mlp-8-1")
     weight, seen = model.layers[0][0].weight, []
-    optimizers[0].step = lambda: seen.append(weight.grad.clone())       # the weights stay
+    optimizers[0].step = lambda: seen.append(weight.grad.clone())       # keeps the weights
     for _ in range(2):
         cff.cff_step(model, optimizers, x, y, lambda x: x, [0.4], 0.3)
-    check(seen[1], seen[0], "Algorithm 1, the gradient of the same batch and weights a second "
-          "time: without zero_grad() the old gradient is added to it")
+    check(seen[1], seen[0], "Algorithm 1: the same batch and weights must give the same gradient "
+          "again; without zero_grad() the old gradient is added")
 
 
 def test_algorithm1_right_between_two_layers():
     model, optimizers, x, y, _ = small_case("vit-8-2-2", "patch")
     views, inputs = [], inputs_of(model.layers[1])
     cff.ff_step(model, optimizers, x, y, lambda x: views.append(x) or x, losses.ff_loss)
-    assert len(views) == 1, ("Algorithm 1, right: the true and the wrong labels go with the same "
-                             f"view, so augment is called once in a step; got {len(views)} calls")
+    assert len(views) == 1, ("Algorithm 1, right: the true and the wrong labels share one view, so "
+                             f"call augment once per step; your code called it {len(views)} times")
     lengths = torch.cat(inputs).flatten(1).norm(dim=1)
-    check(lengths, torch.ones_like(lengths), "Algorithm 1, right: the length of what layer 2 gets "
-          "of an image, f/norm2(f), where norm2 is the norm over all tokens together")
+    check(lengths, torch.ones_like(lengths), "Algorithm 1, right: layer 2's input for an image, "
+          "f/norm2(f), must have length 1; norm2 is the norm over all tokens together")
 
 
 def test_attention_by_hand():
@@ -132,37 +130,32 @@ def test_attention_by_hand():
             linear.weight.copy_(torch.eye(8).repeat(len(linear.weight) // 8, 1))
             linear.bias.zero_()
     x[0, 0, :4] = 1                                             # d = 4, and q k^T is 4 or 0
-    first, second = attention(x)[0, :, 0]
-    assert abs(first - e(2) / (e(2) + 1)) < 1e-5, \
-        f"Sec. 3.4: softmax(q k^T / sqrt(d)) v is 0.881 here, with d = E/H = 4; got {first:.3f}; " \
-        "0.804 divides by sqrt(E), 0.982 does not divide"
-    assert abs(second - 1 / 2) < 1e-5, \
-        f"Sec. 3.4: softmax over the keys gives 0.5 here, over the queries 0.119; got {second:.3f}"
+    check(attention(x)[0, :, 0], torch.tensor([e(2) / (e(2) + 1), 0.5]), "Sec. 3.4, softmax(q k^T "
+          "/ sqrt(d)) v with d = E/H = 4 (0.804 comes from sqrt(E), 0.982 from no division, 0.119 "
+          "from a softmax over the queries)", 1e-5)
 
 
 # ------------------------------------------------------------------------------ the pooled output
 
-B, T, E, H = 25, 5, 12, 3       # many tokens: what is done with W alone is small beside them
+B, T, E, H = 25, 5, 12, 3       # B * T is large: products of W alone hardly count
 
 
 def layers():
-    """An encoder layer, its parts alone, which cannot be called, and an input."""
+    """An encoder layer, an object that has only its parts, and an input."""
     torch.manual_seed(0)
     layer = vit.EncoderLayer(E, H).double()
     for p in layer.parameters():
-        nn.init.normal_(p)                          # it starts with scales of 1, biases of 0
+        nn.init.normal_(p)                          # scales are no longer 1, biases no longer 0
     attention = SimpleNamespace(qkv=layer.attention.qkv, out=layer.attention.out, num_heads=H)
-    parts = SimpleNamespace(norm1=layer.norm1, norm2=layer.norm2, attention=attention,
-                            mlp=layer.mlp)
+    parts = SimpleNamespace(**dict(layer.named_children()) | {"attention": attention})
     return layer, parts, torch.randn(B, T, E, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("part, words", [
-    ("mlp", "without attention, z = x: W2 mean(u) + b2 + mean(z), u = GELU(W1 LN(z) + b1), where "
-     "the mean comes after GELU"),
-    ("beta", "without the MLP, for x of equal numbers: LN(x) is beta, and qkv gives W beta + b"),
-    ("eps", "without the MLP, for small x: LN divides by sqrt(var + eps), var is a mean over E"),
-    ("all", "the mean over tokens of f = MLP(LN(z)) + z (Eq. 13)"),
+    ("mlp", "without attention, z is x: W2 mean(u) + b2 + mean(z), with u = GELU(W1 LN(z) + b1)"),
+    ("beta", "without the MLP, if all numbers in x are equal: LN(x) is beta, so qkv is W beta + b"),
+    ("eps", "without the MLP, for small x: LN divides by sqrt(var + eps); var is a mean over E"),
+    ("all", "the result is the mean over tokens of f = MLP(LN(z)) + z (Eq. 13)"),
 ])
 def test_pooled_output_part_by_part(part, words):
     layer, parts, x = layers()
@@ -190,16 +183,16 @@ def test_pooled_output_gives_each_parameter_its_gradient():
 
 
 def test_pooled_output_takes_fewer_products():
-    """The FLOP of both passes, counted in products of all tokens with an E x E matrix."""
+    """Both passes count; the unit is one product of all tokens with an E x E matrix."""
     _, parts, x = layers()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         pooled.pooled_output(parts, x).sum().backward()
     attention = 6 * 2 * B * T * T * E                   # q k^T and (softmax) v, in both passes
     n = (counter.get_total_flops() - attention) / (2 * B * T * E * E)
-    first, both = 18 + 3 * 2 / T, 15 + 3 * 2 / T + 1    # 1: products of W alone
-    words = f"Sec. 3.4: {n:.1f} products of all tokens with an E x E matrix"
+    first, both = 18 + 3 * 2 / T, 15 + 3 * 2 / T + 1    # + 1 for products of W alone
+    words = f"Sec. 3.4: your code makes {n:.1f} products of all tokens with an E x E matrix"
     assert n < first + 0.01, \
-        f"{words}; {first:.1f} are enough: pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)"
+        f"{words}; {first:.1f} are enough, because pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)"
     assert n < both + 0.01, \
-        f"{words}; {both:.1f} are enough: LN's g and beta need no gradient of LN(x)"
-    assert n > 15, f"{words}; at least 15 are needed: write products with @"
+        f"{words}; {both:.1f} are enough, because LN's g and beta need no gradient of LN(x)"
+    assert n > 15, f"{words}, but at least 15 are needed: write every product with @ or F.linear"

@@ -1,4 +1,4 @@
-"""The classroom's own tests: the grader catches each mistake and says what is wrong.
+"""Tests of the grader: it catches every mistake and explains it.
 
     python -m pytest -q classroom
 """
@@ -6,6 +6,7 @@ import csv
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,14 @@ import torch
 
 from grade import PROJECT, ROOT, TASKS, Plugin, grade, judge, template
 
-import losses               # found by the path that grade.py sets
+import losses               # grade.py has added its folder to sys.path
 from test_by_hand import FOUR, TWO
 from test_cff import slow_anchor_loss
 
 
 # ------------------------------------------------------------------------------ the zoo of mistakes
 
-MISTAKES = [    # (functions, a piece of their source, what students write in its place ...)
+MISTAKES = [    # (functions, a piece of their source, wrong code instead of it ...)
     ("goodness", "h.square().mean(dim=1)", "h.square().sum(dim=1)", "h.norm(dim=1) / h.shape[1]",
      "h.square().mean()", "h.detach().square().mean(dim=1)"),
     ("ff_loss", "softplus(threshold - g_pos) + softplus(g_neg - threshold)",
@@ -31,15 +32,13 @@ MISTAKES = [    # (functions, a piece of their source, what students write in it
      "softplus(threshold - g_pos) + softplus(g_neg)",
      "torch.log(1 + torch.exp(threshold - g_pos)) + softplus(g_neg - threshold)"),  # overflows
     ("ff_loss", ".mean() / 2", ".mean()"),
-    ("ff_loss", "return (", "("),
     ("contrastive_loss inner_contrastive_loss", "_log_sum_exp(s / temperature, P | N)",
-     "(s / temperature).logsumexp(dim=1)",                              # i itself in A(i)
-     "_log_sum_exp(s / temperature, N)",
+     "(s / temperature).logsumexp(dim=1)", "_log_sum_exp(s / temperature, N)",
      "((s / temperature).exp() * (P | N)).sum(dim=1).log()"),           # overflows
     ("contrastive_loss", "P, N = _sets(y)",
-     "P, N = _sets(y); A = f @ f.T < 1 - 1e-9; P, N = P & A, N & A",    # i left out by its value
+     "P, N = _sets(y); A = f @ f.T < 1 - 1e-9; P, N = P & A, N & A",    # excludes i by its value
      "P, N = _sets(y); own = torch.eye(len(y)).roll(len(y) // 2, 0).bool()\n"
-     "    P, N = P & ~own, N | own"),                                   # the other view a negative
+     "    P, N = P & ~own, N | own"),                                   # other view as a negative
     ("contrastive_loss marginal_contrastive_loss", " / _size(P)", ""),
     ("contrastive_loss", "-((s / temperature", "-((s"),
     ("contrastive_loss", "-((s / temperature - log_sum_A[:, None]) * P).sum(dim=1) / _size(P)",
@@ -48,23 +47,22 @@ MISTAKES = [    # (functions, a piece of their source, what students write in it
      "_mean_over_anchors(L_i, P).detach()"),
     ("contrastive_loss", "_size(P)\n    return _mean_over_anchors(L_i, P)",
      "P.sum(dim=1)\n    return L_i.nanmean()"),                         # its gradient is nan
-    ("inner_contrastive_loss", " - _size(P).to(f).log()", "", " + _size(P).to(f).log()",
-     " - _size(P).log()"),                                              # float32
+    ("inner_contrastive_loss", " - _size(P).to(f).log()",
+     "", " + _size(P).to(f).log()", " - _size(P).log()"),               # the last is float32
     ("inner_contrastive_loss", "_log_sum_exp(s / temperature, P)", "_log_sum_exp(s, P)",
      "(s / temperature * P).sum(dim=1) / _size(P) + _size(P).to(f).log()"),         # Eq. 3
     ("inner_contrastive_loss", "_mean_over_anchors(L_i, P)",
      "(L_i * P.any(dim=1)).sum() / P.any(dim=1).sum()"),                # nan
     ("marginal_contrastive_loss", "torch.where(P, Q, s)", "Q", "s", "torch.where(N, Q, s)"),
     ("marginal_contrastive_loss", "_Q(s, margin)", "s + margin", "s - margin",
-     "_Q(s / temperature, margin) * temperature",
-     "s + (_Q(s, margin) - s).detach()"),                               # R(i) has a gradient
+     "_Q(s / temperature, margin) * temperature", "s + (_Q(s, margin) - s).detach()"),
     ("marginal_contrastive_loss", "-(Q / temperature * P)", "-(s / temperature * P)"),
     ("marginal_contrastive_loss", "_log_sum_exp(torch.where(P, Q, s) / temperature, P | N)",
      "_log_sum_exp(torch.where(P, Q, s) / temperature, P)",
      "((torch.where(P, Q, s) / temperature).exp() * (P | N)).sum(dim=1).log()"),    # overflows
     ("saturated", "P & (f @ f.T + margin > 1)",
      "(f @ f.T + margin > 1)", "P & (f @ f.T + margin < 1)", "P & (f @ f.T - margin > 1)"),
-    ("grad_anchor", "-f[Rc].sum(dim=0)", "-f[P].sum(dim=0)"),           # saturated pairs, too
+    ("grad_anchor", "-f[Rc].sum(dim=0)", "-f[P].sum(dim=0)"),           # saturated pairs pull, too
     ("grad_anchor", " / P.sum()", " / Rc.sum().clamp(min=1)", ""),
     ("grad_anchor", "(pull + push / Z) / temperature",
      "pull + push / Z", "(push / Z - pull) / temperature", "((pull + push) / Z) / temperature",
@@ -78,18 +76,16 @@ MISTAKES = [    # (functions, a piece of their source, what students write in it
     ("grad_positive grad_negative", "* f[i] / temperature", "* f[k] / temperature", "* f[i]"),
     ("grad_positive grad_negative", "/ Z",                              # Z_k
      "/ _terms(f, y, k, margin, temperature)[-1]"),
-    ("grad_negative", "torch.exp(s[k] / temperature)",
-     "torch.exp((s[k] + margin) / temperature)"),
+    ("grad_negative", "torch.exp(s[k] / temperature)", "torch.exp((s[k] + margin) / temperature)"),
     ("cff_step", "x1 = f1.detach()\n        x2 = f2.detach()", "x1, x2 = f1, f2",
-     "x1 = x2 = f1.detach()",
-     "x1, x2 = layer(x1).detach(), layer(x2).detach()"),                # after the update
+     "x1 = x2 = f1.detach()", "x1, x2 = layer(x1).detach(), layer(x2).detach()"),
     ("cff_step", "x1, x2 = augment(x), augment(x)",
      "x1 = x2 = augment(x)", "x1 = augment(x)\n    x2 = augment(x1)"),
     ("cff_step", "normalize(f)", "f", "normalize(f, dim=0)"),
     ("cff_step", "model.pool(f1), model.pool(f2)", "model.pool(f1), model.pool(f1)",
      "f1[:, 0], f2[:, 0]", "f1.mean(dim=1), f2.mean(dim=1)"),           # an MLP has no tokens
     ("cff_step", "margins[l], temperature", "margins[0], temperature", "margins[l]"),
-    ("cff_step", "if views == 1:", "if False:",                         # two passes for one view
+    ("cff_step", "if views == 1:", "if False:",                         # two passes, one view
      "if views == 1:\n        model.layers[0](model.patches(x))"),
     ("cff_step ff_step", "        optimizers[l].zero_grad()\n", ""),
     ("cff_step", "    y = torch.cat([y, y])\n", ""),
@@ -146,7 +142,7 @@ MISTAKES = [    # (functions, a piece of their source, what students write in it
 
 
 class Zoo(Plugin):
-    """Grades the project's functions, and then with one mistake at a time."""
+    """Grades the project's functions: first unchanged, then with one mistake at a time."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
@@ -166,9 +162,9 @@ class Zoo(Plugin):
 
 
 def changed(answer, old, new):
-    """{name: value}: the answer's module, but with another piece of source in the answer."""
-    source = re.sub(r" *# .*", "", inspect.getsource(answer))           # without comments
-    assert source.count(old) == 1, f"{answer.__name__} has not once {old!r}"
+    """The names in the answer's module, after `new` has replaced `old` in the answer's source."""
+    source = re.sub(r" *# .*", "", inspect.getsource(answer))           # drop comments
+    assert source.count(old) == 1, f"{answer.__name__} must contain {old!r} once"
     names = dict(vars(PROJECT[answer.__module__]))
     exec(source.replace(old, new), names)
     return names
@@ -177,17 +173,17 @@ def changed(answer, old, new):
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     zoo, here = Zoo(tmp_path_factory.mktemp("zoo"), None, None), Path.cwd()
-    assert zoo.run() == pytest.ExitCode.TESTS_FAILED            # not that pytest broke
+    assert zoo.run() == pytest.ExitCode.TESTS_FAILED            # pytest itself works
     os.chdir(here)
     return zoo
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_each_mistake_fails_its_task_with_words_that_point_to_it(zoo, task):
+def test_each_mistake_fails_its_task_and_the_words_say_why(zoo, task):
     assert zoo.right[task] == ("done", "") and len(zoo.wrong[task]) >= 5
     for (name, old, new), words in zoo.wrong[task].items():
-        points = re.search(r"Eqs?\. |Sec\. |Algorithm 1|Fig\. |patching| raised |None", words)
-        assert points, f"{name} with {new!r} for {old!r} gives {words!r}"
+        points = re.search(r"Eqs?\. |Sec\. |Algorithm 1|Fig\. |patching| raised |check: ", words)
+        assert points, f"{name} with {new!r} instead of {old!r} gives: {words!r}"
         assert "float32 rounding" in words or new != " - _size(P).log()"
 
 
@@ -196,47 +192,49 @@ def test_each_mistake_fails_its_task_with_words_that_point_to_it(zoo, task):
 HONEST = Path(losses.__file__).read_text(encoding="utf-8")
 
 
-def with_line(line):
-    """HONEST with another first line in contrastive_loss."""
+def with_line(line):            # as the first line of contrastive_loss
     return HONEST.replace("    _check(f, y, temperature)", f"    {line}", 1)
 
 
 IMPORTING = """import losses
 from losses import goodness, ff_loss
-
-def contrastive_loss(f, y, temperature=0.15):
-    return losses.contrastive_loss(f, y, temperature)
+contrastive_loss = lambda *a, **k: losses.contrastive_loss(*a, **k)
 """
-FILES = {       # name: (text, status, task01, task02, pattern of the words)
+FILES = {       # name: (source, status, task01, task02, pattern in the words)
     "honest": (HONEST, "graded", "done", "done", ""),
     "half": (template() + HONEST.split("def contr")[0], "graded", "done", "to do", ""),
     "blank": ("", "graded", "to do", "to do", ""),
     "looping": (HONEST.replace("return h", "while True: h", 1), "graded", "stopped", "done",
                 r"no result in 5 s, at line \d+ in goodness"),
-    "exiting": (with_line("import os; os._exit(0)"), "graded", "done", "stopped", "Python ended"),
+    "exiting": (with_line("import os; os._exit(0)"), "graded", "done", "stopped", "Python exited"),
     "leaving": ("x = 1\nimport sys; sys.exit(0)", "line 2 in <module> raised", "", "", ""),
     "crashing": (with_line("import ctypes; ctypes.string_at(0)"), "graded", "done", "stopped",
-                 r"Python ended, at line \d+ in contrastive_loss"),
+                 r"Python exited, at line \d+ in contrastive_loss"),
     "flooding": (with_line("print(1_000_000 * 'x')"), "graded", "done", "done", ""),
-    "importing": (IMPORTING, "graded", "to do", "to do", "losses.goodness is the answer"),
+    "importing": (IMPORTING, "graded", "to do", "to do", "write your own losses.goodness"),
     "müller": ("\ufeff# ß\n" + HONEST.replace("\n", "\r\n"), "graded", "done", "done", ""),
     "plotting": ('import os\nassert os.environ["MPLBACKEND"] == "Agg"\n' + HONEST,
                  "graded", "done", "done", ""),
-    "mutating": (with_line("f.mul_(0)"), "graded", "done", "0 of 4",
-                 "contrastive_loss changes its argument f"),
+    "wrong": ("ff_loss = contrastive_loss = lambda *_: print()", "graded", "0 of 3", "0 of 4",
+              "(?s)has no goodness .*contrastive_loss must return type Tensor, not None"),
+    "mutating": (with_line("f.mul_(0)"), "graded", "done", "0 of 4", "changes its argument f"),
     "utf16": (HONEST, "it is saved as UTF-16", "", "", ""),
 }
 
 
 def test_files_that_a_teacher_meets(tmp_path, monkeypatch):
-    """They are graded below a folder with settings for pytest that must not count."""
+    """Settings for pytest above the project, in pytest.ini and conftest.py, have no effect."""
+    grader = tmp_path / "DL [2025]" / "classroom" / "grade.py"
+    shutil.copytree(ROOT, grader.parent.parent, ignore=lambda folder, names: [
+        name for name in names if not name.endswith((".py", "classroom", "experiments"))])
     for name, (text, *_) in FILES.items():
         path = tmp_path / f"{name}.py"
         path.write_text(text, encoding="utf-16" if name == "utf16" else "utf-8", newline="")
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -x -ra --tb=short\n")
     monkeypatch.setenv("PYTEST_ADDOPTS", "-x -k nothing")
     files = sorted(tmp_path.glob("*.py"))
-    command = [sys.executable, ROOT / "classroom/grade.py", *files, "--seconds", "5",
+    (tmp_path / "conftest.py").write_text("raise SystemExit")
+    command = [sys.executable, grader, *files, "--seconds", "5",
                "-k", "task01", "-k", "task02", "--csv", "grades.csv", "--reports", "reports"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert run.returncode == 2 and not run.stderr, run.stderr
@@ -251,17 +249,20 @@ def test_files_that_a_teacher_meets(tmp_path, monkeypatch):
         assert row["points"] == str([first, second].count("done")) and row["maximum"] == "2"
 
 
-def test_one_file_and_words_that_make_no_sense(tmp_path, capsys):
-    path = str(tmp_path / "mine.py")
-    Path(path).write_text(HONEST, encoding="utf-8")
-    assert grade([path, "-k", "task02,task01"]) == 0
-    assert re.fullmatch(".*2 of 2 done\ntask01  done .*\ntask02  done .*\n\n",
-                        capsys.readouterr().out)
-    for words in (["-k", "task1"], ["--csv", path], ["--reports", str(tmp_path)], ["--template"]):
-        with pytest.raises(SystemExit):
-            grade([path, *words])
-        assert re.search("named task01|File exists", capsys.readouterr().err)
-    assert Path(path).read_text(encoding="utf-8") == HONEST
+def test_one_file_and_refused_options(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(HONEST, encoding="utf-8")
+    assert grade(["mine.py", "-k", "task02", "-k", "task01"]) == 0
+    assert re.fullmatch(".*2 of 2 done\n(task0.  done .*\n){2}\n", capsys.readouterr().out)
+    for words in ("-k task1", "-k eq1", "-k task01,task02", "--seconds 0", "--csv a.py --force",
+                  "--csv mine.py", "--csv new.CSV --reports .", "--template"):
+        with pytest.raises(SystemExit, match="2"):
+            grade(["mine.py", *words.split()])
+        assert re.fullmatch("(-k|--seconds|--csv) .*: .*\n|.*exists.*\n", capsys.readouterr().err)
+    assert Path("mine.py").read_text("utf-8") == HONEST and os.listdir() == ["mine.py"]
+    monkeypatch.setattr(sys, "stdout", None)                    # as in IDLE
+    assert grade(["mine.py", "-k", "task02", "--csv", "new.CSV"]) == 0
+    assert Path("new.CSV").read_bytes().startswith(b"\xef\xbb\xbfname,")     # Excel needs this
 
 
 def test_numbers_worked_by_hand_in_the_readmes():
@@ -272,10 +273,8 @@ def test_numbers_worked_by_hand_in_the_readmes():
               losses.grad_negative(f, y, 0, 2, 0.4, 1)[0]]
     here = [losses.contrastive_loss(f, y, 1), losses.contrastive_loss(f, three, 1),
             losses.inner_contrastive_loss(f, three, 1)]
-    anchors = [slow_anchor_loss(f, y, i, 0.4, 1) for i in range(4)]
-    page = (ROOT / "classroom/README.md").read_text(encoding="utf-8")
-    front = (ROOT / "README.md").read_text(encoding="utf-8")
-    for number in shared + here:
-        assert f"{number:.4f}" in page, f"not in classroom/README.md: {number:.4f}"
-    for number in shared + anchors:
-        assert f"{number:.4f}" in front, f"not in README.md: {number:.4f}"
+    front = [slow_anchor_loss(f, y, i, 0.4, 1) for i in range(4)]
+    for name, numbers in (("classroom/README.md", shared + here), ("README.md", shared + front)):
+        page = (ROOT / name).read_text(encoding="utf-8")
+        for number in numbers:
+            assert f"{number:.4f}" in page, f"{name} lacks {number:.4f}"

@@ -139,9 +139,6 @@ def evaluate(folder, **changes):
     else:
         top = accuracy(run.model, images, y, run.normalise, s)
         print("  ".join(f"top-{k} {value:.2f} %" for k, value in top.items()))
-        by_class = [accuracy(run.model, images[y == c], y[y == c], run.normalise, s)[1]
-                    for c in range(run.model.num_classes)]
-        print("top-1 in % by class: " + ", ".join(f"{value:.1f}" for value in by_class))
     train_images, train_y = (part[:10000] for part in run.train)
     by_layer = zip(layer_features(run, train_images), layer_features(run, images))
     probes = [probe(normalize(f), train_y, normalize(test_f), y, run.model.num_classes)

@@ -67,7 +67,7 @@ SETTINGS = {
     "temperature": (0.15, (1e-6, 1e6), "tau of Eqs. 3 and 15"),
     "m0": (0.4, (0, 2), "margin of the first layer (Sec. 4.1)"),
     "mL": (0.1, (0, 2), "margin of the last layer"),
-    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "from m0 to mL (Fig. 4a)"),
+    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "m0 to mL (Fig. 4a)"),
     "threshold": (2.0, FROM_0, "theta of Eq. 2 (ff, collab)"),
     "alpha": (1.0, (1e-6, 1e6), "alpha of Eq. 7 (symba)"),
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
@@ -147,13 +147,10 @@ def begin_stage(run, stage):
 
 def make_optimizers(model, s, stage=1):
     """One AdamW per layer. SCL and BP have one for everything; stage 2 has one for the head."""
-    modules, lr = model.layers, s.lr
+    modules = {"scl": [model.layers], "bp": [model]}.get(s.algo, model.layers)
     if stage == 2:
-        modules, lr = [model.head], s.head_lr
-    elif s.algo == "scl":
-        modules = [model.layers]
-    elif s.algo == "bp":
-        modules = [model]
+        modules = [model.head]
+    lr = s.lr if stage == 1 else s.head_lr
     return [torch.optim.AdamW(module.parameters(), lr, weight_decay=s.weight_decay, fused=True)
             for module in modules]
 
@@ -358,37 +355,37 @@ SHAPES = {          # class: signed distance to its outline in radii, negative i
 
 
 def draw_shapes(n, seed):
-    """Draw n images, uint8 (n, 3, 32, 32), and return them with labels (n,): 0..9 as in SHAPES."""
+    """n images uint8 (n, 3, 32, 32), n a multiple of 10, and labels (n,), the classes in turn. Two
+    rectangles lie behind each shape. Everything is random except the outlines."""
     generator = torch.Generator().manual_seed(seed)
     images = [draw_some(min(1000, n - start), generator) for start in range(0, n, 1000)]
-    return torch.cat(images), torch.arange(n) % len(SHAPES)
+    return torch.cat(images), torch.arange(n) % 10
 
 
 def draw_some(n, generator):
-    """Draw n images of `draw_shapes`, each class in turn; only the outlines are not random."""
+    """n images of `draw_shapes`."""
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
 
     def rand(low, high, channels=1):        # one number per image, or per image and channel
         return low + (high - low) * torch.rand(n, channels, 1, 1, generator=generator)
 
-    def coordinates(low, high, room):       # of the pixels, in radii of an object at a random place
-        radius, turn = rand(low, high), rand(0, 2 * math.pi)
+    def paint(image, sizes, room, colour, outline):
+        radius, turn = rand(*sizes), rand(0, 2 * math.pi)
         x, y = ((axis - 15.5 - room * rand(-1, 1)) / radius for axis in (columns, rows))
-        return x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin(), radius
+        x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+        colour, distance = colour(), outline(x, y)              # after the random place
+        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))    # share of each pixel
+
+    def by_class(x, y):                     # image i has the class i % 10
+        distances = [outline(x[c::10], y[c::10]) for c, outline in enumerate(SHAPES.values())]
+        return torch.stack(distances, dim=1).flatten(0, 1)
 
     back = rand(0, 0.5, 3)
     image = back.expand(n, 3, 32, 32)
-    for _ in range(2):                      # two rectangles under the shape
-        x, y, radius = coordinates(1.5, 4, room=13)
-        colour, distance = rand(0, 1, 3), bar(x, y, 1, rand(0.2, 1))
-        image = image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))   # share of a pixel
-    x, y, radius = coordinates(8, 13, room=3.5)
-    distance = torch.empty_like(x)
-    for label, outline in enumerate(SHAPES.values()):
-        own = slice(label, None, len(SHAPES))
-        distance[own] = outline(x[own], y[own])
-    colour = back + rand(0.3, 0.7, 3)       # brighter than the background
-    image = image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))
+    for _ in range(2):
+        image = paint(image, (1.5, 4), 13, colour=lambda: rand(0, 1, 3),
+                      outline=lambda x, y: bar(x, y, 1, rand(0.2, 1)))
+    image = paint(image, (8, 13), 3.5, colour=lambda: back + rand(0.3, 0.7, 3), outline=by_class)
     image = image + 0.03 * torch.randn(n, 3, 32, 32, generator=generator)
     return (image.clamp(0, 1) * 255).to(torch.uint8)
 
@@ -434,7 +431,7 @@ def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
     mean, std, shifts = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
 
     def augment(images):
-        (B, C, H, W), there = images.shape, dict(device=images.device, non_blocking=True)
+        (B, _, H, W), there = images.shape, dict(device=images.device, non_blocking=True)
         if "randaug" in kind:
             images = rand_augment(images, generator)
         if "crop" in kind:                                  # a random window of the padded image
@@ -533,8 +530,7 @@ def start(run):
     data, versions, device. Raises OSError for a folder with files."""
     run.folder.mkdir(parents=True, exist_ok=True)
     if any(run.folder.iterdir()):
-        raise FileExistsError(f"{run.folder} holds files: continue its run (--resume) or name "
-                              "another folder (--out)")
+        raise FileExistsError(f"{run.folder} holds files: use --resume, or another --out")
     chip = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
     config = {"command": list2cmdline(["python", *sys.argv]), "settings": vars(run.settings),
               "data": run.data, "threads": torch.get_num_threads(), "device": chip,
@@ -547,15 +543,15 @@ def start(run):
 
 def save(run):
     """Write checkpoint.pt, which is all that --resume and eval.py need, and log.csv."""
-    write(run.folder / "checkpoint.pt", {
+    write(run.folder / "checkpoint.pt", pack({
         **{name: getattr(run, name) for name in PROGRESS}, "stage": run.stage,
         "settings": vars(run.settings), "data": run.data, "threads": torch.get_num_threads(),
         "generator": run.generator.get_state(), "model": run.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]})
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}))
     columns = list(dict.fromkeys(column for row in run.log for column in row))
     rows = [columns, *([str(row.get(column, "")) for column in columns] for row in run.log)]
     try:
-        write(run.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
+        write(run.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows).encode())
     except PermissionError:                         # Windows, while another program has it open
         print("log.csv is open in another program; the next epoch will write it")
 
@@ -568,10 +564,17 @@ def test(run):
         result |= {f"{part}_top{k}": value for k, value in found.items()}
     result |= {"metric": METRIC.get(s.dataset, "top1"), "best_epoch": run.best_epoch,
                "seconds": round(sum(row["seconds"] for row in run.log), 1)}
-    write(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write(run.folder / "result.json", json.dumps(result, indent=1).encode())
     tops = [f"{name[5:]} {value} %" for name, value in result.items() if name.startswith("test_")]
     print(f"test accuracy: {', '.join(tops)}; more: {list2cmdline(['python', 'eval.py', s.out])}")
     return result
+
+
+def pack(value):
+    """The bytes that torch saves for a value."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def read(path):
@@ -582,17 +585,13 @@ def read(path):
         raise OSError(f"{path} cannot be read ({type(reason).__name__})")
 
 
-def write(path, content):
-    """Replace the file `path` in one step, so that it is never half-written. `content` is text or
-    anything that torch can save. A full disk raises OSError (torch.save would raise others)."""
-    data, temporary = io.BytesIO(), path.with_name(path.name + ".tmp")
+def write(path, data):
+    """Replace the file `path` by bytes in one step, so that it is never half-written. A full disk
+    raises OSError, while torch.save to a file would raise others."""
+    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, str):
-        data.write(content.encode())
-    else:
-        torch.save(content, data)
     try:
-        temporary.write_bytes(data.getbuffer())
+        temporary.write_bytes(data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)               # incomplete if the disk is full
@@ -615,10 +614,10 @@ def parse(argv=None):
         description=__doc__, usage="%(prog)s [--FLAG VALUE ...]; --help lists the flags",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
-    types = {"model": plain_name, "out": os.path.expanduser, "data_dir": os.path.expanduser}
     for name, (default, allowed, meaning) in SETTINGS.items():
         kind = dict(action="store_true") if default is False else dict(
-            type=types.get(name, type(default)), choices=allowed if type(allowed) is list else None)
+            type=plain_name if name == "model" else type(default),
+            choices=allowed if isinstance(allowed, list) else None)
         parser.add_argument("--" + name.replace("_", "-"), help=meaning + " [%(default)s]", **kind)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     argv = sys.argv[1:] if argv is None else argv
@@ -641,7 +640,7 @@ def parse(argv=None):
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
     if s["recipe"] == "mlp" and not s["model"].startswith("mlp"):
-        parser.error(f"recipe mlp is for MLPs: add --recipe none, or another model than {s['model']}")
+        parser.error(f"recipe mlp is not for {s['model']}: add --recipe none")
     if s["head"] and s["algo"] not in WITH_LABELS:
         parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
     if not s["out"]:

@@ -133,19 +133,13 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
-def pack(value):
-    file = io.BytesIO()
-    torch.save(value, file)                                     # tensors may be on any device
-    return file.getvalue()
-
-
 def unpack(data):
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
 def broadcast(value=None):
     """The first process's value, in every process, with its tensors on the CPU."""
-    box = [pack(value)]
+    box = [train.pack(value)]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
     return unpack(box[0])
 
@@ -153,7 +147,7 @@ def broadcast(value=None):
 def gather(value):
     """In the first process, the list of all processes' values (tensors on the CPU); else None."""
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(pack(value), values)
+    dist.gather_object(train.pack(value), values)
     return values and [unpack(data) for data in values]
 
 
@@ -187,7 +181,7 @@ def train_encoder(run):
             run.model.layers[l].load_state_dict(weights)
             run.optimizers[l].load_state_dict(state)
         trace = [row for each in parts for row in each["trace"]]
-        train.write(run.folder / "trace.json", json.dumps(trace, indent=1))
+        train.write(run.folder / "trace.json", json.dumps(trace, indent=1).encode())
         total = torch.cat([each["total"] for each in parts])                    # (L,)
         n = sum(len(rows) for rows in batches)
         train.end_epoch(run, total / n, train.validate(run), start)

@@ -89,11 +89,3 @@ def test_fig4b_points_are_means_of_seeds_and_cff_is_a_horizontal_line():
     cff, cffm = figure.axes[0].lines[:2]
     assert list(cff.get_ydata()) == 2 * [expected["cff", 0.4]]
     assert list(cffm.get_ydata()) == [expected["cffm", m0] for m0 in (0.2, 0.4, 0.6, 0.8)]
-
-
-@pytest.mark.parametrize("reason", [OSError, ValueError, ImportError])
-def test_a_reason_is_never_empty(reason, monkeypatch, capsys):
-    def refuse(*_):
-        raise reason
-    monkeypatch.setattr(figures, "write_figure", refuse)
-    assert f"error: {reason.__name__}" in refusal(capsys, "fig4a")

@@ -4,7 +4,7 @@
     python eval.py runs/NAME --layers          the numbers of Fig. 5, layer by layer
     python eval.py runs/* [--markdown]         a table with one row per run, or per group of seeds
 
-It needs the run's folder and the data. A probe is a linear classifier fitted to a layer's output.
+A table needs neither data nor weights. A probe is a linear classifier fitted to a layer's output.
 """
 import argparse
 import csv
@@ -60,7 +60,7 @@ def read_log(folder):
 
 
 class Record(SimpleNamespace):
-    """A finished run: name, settings, result, log (of stage 1), images (their number by part)."""
+    """A finished run: name, settings, result, log (of stage 1), images (how many in each part)."""
 
     def accuracy(self, part):
         """Accuracy in % on the "val" or "test" images, by the metric of the data set."""

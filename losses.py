@@ -2,7 +2,7 @@
 
 Covers Eqs. 1-3, 7, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.1-A.7 and Fig. 4a.
 
-    f      (2B, E)  representations: one row per image view, each of length 1
+    f      (2B, E)  representations: one row per image view, each with norm 1
     y      (2B,)    the class of each row. With one view there are B rows, not 2B
     s      (2B, 2B) cosine similarities, s_ij = f_i . f_j
     P(i)            rows of the same class as i, without i; |P(i)| is their number
@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 def goodness(h):
     """The goodness of a layer's pooled outputs h: (B, E) -> (B,), G = ||h||^2 / E.
 
-    Eq. 1 has the sum of squares. This is the mean, so theta does not depend on E (authors' code).
+    Eq. 1 has the sum of squares. This is the mean, as in the authors' code: theta is for any E.
     """
     return h.square().mean(dim=1)
 
@@ -82,7 +82,7 @@ def _size(P):
 
 def _mean_over_anchors(L_i, P):
     """The mean of L_i (2B,) over the rows that have a positive. Raises ValueError if none has one;
-    on a GPU it returns nan instead, because the check would make every batch wait."""
+    on a GPU it returns nan instead, because the check would make the CPU wait."""
     anchors = P.any(dim=1)
     if anchors.device.type == "cpu" and not anchors.any():
         raise ValueError("no row has a positive: every class occurs once in this batch; "
@@ -95,7 +95,7 @@ def _mean_over_anchors(L_i, P):
 def contrastive_loss(f, y, temperature=0.15):
     """Supervised contrastive loss, outer form, Eq. 3: f (2B, E), y (2B,) -> scalar.
 
-    The rows of f must have length 1. Raises ValueError for wrong shapes, for temperature <= 0, and
+    The rows of f must have norm 1. Raises ValueError for wrong shapes, for temperature <= 0, and
     if no row has a positive (on a GPU the result is then nan).
     """
     _check(f, y, temperature)
@@ -156,7 +156,7 @@ def saturated(f, y, margin):
 def _terms(f, y, i, margin, temperature):
     """Quantities for anchor i: its similarities s (2B,), the masks P, N, R and Rc (2B,), and Z_i.
 
-    Z_i has no logsumexp, as printed, so exp(1/tau) must be finite: tau > 0.012 in float32.
+    Z_i is computed as printed, without logsumexp: in float32 tau must be > 0.012.
     """
     _check(f, y, temperature, margin)
     P, N = _sets(y)
@@ -218,8 +218,8 @@ def marginal_contrastive_grad(f, y, margin, temperature):
     """d(sum_i L_i)/df (2B, E): Eqs. 18 and A.5-A.7 for all pairs, as one matrix product.
 
     This is the gradient of the sum over anchors; `marginal_contrastive_loss` is the mean. Because
-    L_i depends on f only through s_ij = f_i . f_j, it is (D + D^T) F with D_ij = dL_i/ds_ij. Row k
-    of D F is Eq. 18, and row k of D^T F is the sum of A.5-A.7 over the anchors i.
+    L_i depends on f only through s_ij = f_i . f_j, it is (D + D^T) f with D_ij = dL_i/ds_ij. Row k
+    of D f is Eq. 18, and row k of D^T f is the sum of A.5-A.7 over the anchors i.
     """
     _check(f, y, temperature, margin)
     P, N = _sets(y)
@@ -240,8 +240,8 @@ def marginal_contrastive_grad(f, y, margin, temperature):
 def margins(m0, mL, L, decay="linear"):
     """The margins of L layers, Fig. 4a: a list of floats from m0 (first layer) to mL (last layer).
 
-    decay is "linear" (the paper's), "parabolic", "cosine" or "exponential" (the authors' code's; it
-    needs m0 > 0). Raises ValueError for L < 1, margins outside 0..2, and an unknown decay.
+    decay is "linear" (the paper) or, from its code, "parabolic", "cosine" or "exponential", which
+    needs m0 > 0. Raises ValueError for L < 1, margins outside 0..2, and an unknown decay.
     """
     if L < 1 or not (0 <= m0 <= 2 and 0 <= mL <= 2):
         raise ValueError(f"need L >= 1, m0 and mL in 0..2; got L = {L}, m0 = {m0}, mL = {mL}")

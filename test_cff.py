@@ -1,4 +1,4 @@
-"""Tests of the paper in its own order: losses, gradients, networks, Algorithm 1, settings, results.
+"""Tests of the paper: losses, gradients, networks, Algorithm 1, settings, results.
 
     python -m pytest -q                         all tests of the project, in a few minutes
     python -m pytest -q test_cff.py             this file, in less than a minute
@@ -131,7 +131,7 @@ def test_eq12_is_eq11_with_eq10_plus_a_constant_if_P_and_N_have_equal_sizes():
     check(losses.inner_contrastive_loss(f, y, 1.0), eq11 + math.log(2), "Eq. 12 = Eq. 11 + ln |P|")
 
 
-# ------------------------------------------------------------------ Section 3.1: Eqs. 3 and 12
+# ---------------------------------------------------------- Sections 3.1 and 3.3: Eqs. 3 and 12
 
 def double_loop(f, y, tau, inner):
     """Eq. 3, or Eq. 12 if inner=True, computed by sums over i, p and a."""
@@ -356,7 +356,7 @@ def test_whole_gradient_of_the_sum_in_eq16_matches_autograd(tau, seed):
     rows = f.clone().requires_grad_()
     L = [slow_anchor_loss(rows, y, i, M, tau) for i in range(len(y)) if sets(y, i)[0]]
     got = losses.marginal_contrastive_grad(f, y, M, tau)
-    check(got, gradient(sum(L), rows), "(D + D^T) F, the gradient of Eq. 16")
+    check(got, gradient(sum(L), rows), "(D + D^T) f, the gradient of Eq. 16")
     assert losses.marginal_contrastive_grad(f.float(), y, M, 0.001).isfinite().all()
 
 
@@ -533,7 +533,7 @@ def test_fig2_labels_are_distinct_saved_and_fixed_and_unknown_ones_are_rejected(
         model.patches(torch.zeros(2, 3, 16, 16), torch.tensor([0, 200]))
 
 
-# ------------------------------------------------------- Section 3.3: Algorithm 1, left; Figs. 1, 8
+# ---------------------------------------------------- Section 3.4: Algorithm 1, left; Figs. 1a, 1c
 
 def small_case(name="vit-8-2-3", labels=None):
     """A small model, an optimizer per layer, six images in three classes, `augment` with noise."""
@@ -687,7 +687,7 @@ def test_fig1_bp_and_scl_backpropagate_through_all_layers(small, method):
         close_weights(model, twin, f"after a step of {method} with SGD")
 
 
-# -------------------------------------- Section 3.3: Algorithm 1, right; SymBa; FF Collab; Table 2
+# -------------------------------------- Section 3.4: Algorithm 1, right; SymBa; FF Collab; Table 2
 
 @pytest.fixture(params=["vit-8-2-3", "mlp-8-3"])
 def labelled(request):
@@ -849,7 +849,7 @@ def test_table1_default_settings_are_the_papers():
                     alpha=1.0, weight_decay=0.01, padding=4)
     s = vars(settings_of("--dataset", "cifar10"))
     assert {name: s[name] for name in expected} == expected
-    assert settings_of("--dataset", "tinyimagenet").patch_size == 8, "also 64 patches"
+    assert settings_of("--dataset", "tinyimagenet").patch_size == 8, "Sec. A.2: 64 patches"
 
 
 def test_table3_bp_has_its_own_learning_rate_and_randaugment_precedes_the_crop(monkeypatch):
@@ -919,7 +919,7 @@ def test_table3_randaugment_regroups_the_images_for_each_operation():
     assert torch.equal(torch.get_rng_state(), before), "the global generator must not change"
 
 
-# ---------------------------------------------------------- Section 4.2-4.4: Eqs. 19-22, Figs. 5, 6
+# -------------------------------------------------------- Sections 4.2, 4.3: Eqs. 19-22, Figs. 5, 6
 
 def test_eq19_eq20_eq21_eq22_fisher_criterion():
     f, y = batch(0, n=40, E=4, classes=3)
@@ -946,7 +946,7 @@ def test_fig5_row_3_counts_saturated_pairs(monkeypatch):
 def test_fig5_row_4_shows_pairs_with_the_median_cosine():
     f = normalize(torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [1, 1], [1, 2], [2, 1], [3, 1]]), dim=1)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1])
-    assert evaluation.three_images(f, y) == [0, 3, 5], "0, 0.71, 0.995; 0.45, 0.89, 0.95"
+    assert evaluation.three_images(f, y) == [0, 3, 5], "cosines 0, 0.71, 0.995; 0.45, 0.89, 0.95"
 
 
 def test_fig6_convergence_is_99_percent_of_the_drop():

@@ -1,6 +1,6 @@
 """Train a network by Contrastive Forward-Forward or a method it is compared with (Section 4).
 
-    python train.py                                  ten drawn shapes, nothing to download
+    python train.py                                  drawn images of ten shapes
     python train.py --dataset cifar10 --algo cffm    the paper's ViT[128 4 5], 600 + 50 epochs
     python train.py --dataset mnist --algo ff
     python train.py --resume --out runs/NAME         continue a run that was stopped
@@ -37,9 +37,8 @@ from vit import build_model, plain_name
 # ---------------------------------------------------------------------------------------- settings
 
 FROM_0, FROM_1 = (0, 10 ** 9), (1, 10 ** 9)
-# name: (default, allowed values, meaning). Allowed values are a list of choices, or a pair with the
-# smallest and the largest number. Defaults come from the paper or, where it gives none, from its
-# authors' code.
+# name: (default, allowed values, meaning). Allowed is a list of choices or the smallest and largest
+# number. Defaults come from the paper or, where it gives none, from its authors' code.
 SETTINGS = {
     "dataset": ("shapes", ["shapes", "mnist", "cifar10", "cifar100", "tinyimagenet"], "the data"),
     "algo": ("cffm", ["cff", "cffm", "ff", "symba", "collab", "scl", "bp"], "the method"),
@@ -49,7 +48,7 @@ SETTINGS = {
     "limit": (0, FROM_0, "training images to use, and a ninth as many for validation; 0: all"),
     "missing": (0.0, (0, 1), "fraction of training and validation images left out (Table 4)"),
     "label_noise": (0.0, (0, 1), "fraction of training and validation labels made wrong (Table 4)"),
-    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "a crop also flips, not MNIST"),
+    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "MNIST is never flipped"),
     "padding": (4, FROM_0, "pixels added on each side of an image before its crop"),
     "fill": ("zeros", ["zeros", "edge"], "value of the added pixels: zero, or the nearest pixel"),
     "patch_size": (4, FROM_1, "side of a patch in pixels"),
@@ -67,13 +66,13 @@ SETTINGS = {
     "temperature": (0.15, (1e-6, 1e6), "tau of Eqs. 3 and 15"),
     "m0": (0.4, (0, 2), "margin of the first layer (Sec. 4.1)"),
     "mL": (0.1, (0, 2), "margin of the last layer"),
-    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "m0 to mL (Fig. 4a)"),
+    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "see Fig. 4a"),
     "threshold": (2.0, FROM_0, "theta of Eq. 2 (ff, collab)"),
     "alpha": (1.0, (1e-6, 1e6), "alpha of Eq. 7 (symba)"),
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
     "seed": (0, (0, 2 ** 63 - 1), "seed of the validation split, the weights and every draw"),
     "precision": ("tf32", ["fp32", "tf32", "bf16"], "of matrix products; on a CPU tf32 is fp32"),
-    "device": ("auto", ["auto", "cpu", "cuda", "mps"], "auto: a GPU if there is one; mps: untried"),
+    "device": ("auto", ["auto", "cpu", "cuda", "mps"], "auto: cuda if there is one, else cpu"),
     "out": ("", None, "folder of the run; default: runs/ and a name made from the settings"),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
@@ -133,12 +132,12 @@ def stages(s):
 
 
 def begin_stage(run, stage):
-    """Set the method, length, rate and optimizers of stage 1 (encoder) or stage 2 (head)."""
+    """Set the method, epochs, rate and optimizers of stage 1 (encoder) or stage 2 (head)."""
     s, L = run.settings, len(run.model.layers)
     run.stage, run.epoch, run.best_loss = stage, 0, math.inf
     if stage == 1:
         run.method, run.epochs, run.lr, run.warmup = s.algo, s.epochs, s.lr, s.warmup
-        run.names = [L] if s.algo in ("scl", "bp") else range(1, L + 1)     # of the losses
+        run.names = [L] if s.algo in ("scl", "bp") else range(1, L + 1)     # in the log
     else:
         run.method, run.epochs, run.lr, run.warmup = "head", s.head_epochs, s.head_lr, 0
         run.names = ["head"]
@@ -194,7 +193,7 @@ def train_on(run, x, y):
 
 
 def losses_on(run, x, y):
-    """The losses that `train_on` would return, without training, with draws of val_generator."""
+    """The losses that `train_on` would return, without training. val_generator draws."""
     s, model, augment = run.settings, run.model, run.val_augment
     if run.method in ("cff", "cffm"):
         return cff_losses(model, x, y, augment, run.margins, s.temperature, s.views)
@@ -301,7 +300,7 @@ def accuracy(model, images, y, normalise, s):
 
 def load_data(dataset, folder):
     """(train images, train labels, test images, test labels): uint8 (n, C, H, W) and int64 (n,).
-    Files that are absent are downloaded into `folder`. Raises OSError, one line, if that fails."""
+    Downloads absent files into `folder`. Raises OSError with one line if that fails."""
     if dataset == "shapes":
         return *draw_shapes(10000, seed=1), *draw_shapes(2000, seed=2)
     try:
@@ -313,7 +312,7 @@ def load_data(dataset, folder):
             images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
             data += [images.contiguous(), torch.as_tensor(part.targets)]
         return data
-    except Exception as reason:         # no network, a torn file, another layout, ...
+    except Exception as reason:         # no network, a damaged file, another layout, ...
         reason = (str(reason) or type(reason).__name__).splitlines()[0]
         raise OSError(f"{dataset} could not be loaded from --data-dir {folder} ({reason}); "
                       "README.md says what belongs there; --dataset shapes needs nothing")
@@ -373,8 +372,8 @@ def draw_some(n, generator):
         radius, turn = rand(*sizes), rand(0, 2 * math.pi)
         x, y = ((axis - 15.5 - room * rand(-1, 1)) / radius for axis in (columns, rows))
         x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
-        colour, distance = colour(), outline(x, y)              # after the random place
-        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))    # share of each pixel
+        colour, distance = colour(), outline(x, y)              # after the random position
+        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))    # covered share
 
     def by_class(x, y):                     # image i has the class i % 10
         distances = [outline(x[c::10], y[c::10]) for c, outline in enumerate(SHAPES.values())]
@@ -391,8 +390,8 @@ def draw_some(n, generator):
 
 
 def split(images, labels, s, num_classes):
-    """Split at random by the seed: [(images, labels) for training, 90 %, and for validation]. Then
-    apply --limit, --missing and --label-noise to both. Raises ValueError for a bad --limit."""
+    """Split at random, by the seed, into 90 % training and 10 % validation: a list of two pairs
+    (images, labels). Then apply --limit, --missing and --label-noise to both. Raises ValueError."""
     g = torch.Generator().manual_seed(s.seed)
     order, parts = torch.randperm(len(labels), generator=g), []
     val, train = order[:len(order) // 10], order[len(order) // 10:]
@@ -456,8 +455,8 @@ PROGRESS = ("epoch", "best", "best_loss", "best_epoch", "log")      # what chang
 
 def make_run(s, saved=None):
     """A run as plain data: settings, images, model, optimizers, random state and progress. With a
-    checkpoint it continues from there. Raises OSError or ValueError, one line, for data, sizes or
-    a device that cannot be used."""
+    checkpoint it continues from there. Raises OSError or ValueError with one line if the data, a
+    size or the device cannot be used."""
     device = find_device(s.device)
     images, labels, *test_set = load_data(s.dataset, s.data_dir)
     classes = int(labels.max()) + 1
@@ -481,7 +480,7 @@ def make_run(s, saved=None):
         best=None, best_epoch=0, log=[])
     run.train, run.val, run.test = ([t.to(device) for t in part] for part in parts)
     view = partial(make_augment, s.augment, s.padding, mean, std, fill=s.fill,
-                   flip=s.dataset != "mnist")               # mirrored digits are other symbols
+                   flip=s.dataset != "mnist")               # mirrored digits are no digits
     run.augment, run.val_augment = view(run.generator), view(run.val_generator)
     run.normalise = make_augment("none", 0, mean, std, None)
     begin_stage(run, saved["stage"] if saved else 1)
@@ -565,7 +564,7 @@ def test(run):
     result |= {"metric": METRIC.get(s.dataset, "top1"), "best_epoch": run.best_epoch,
                "seconds": round(sum(row["seconds"] for row in run.log), 1)}
     write(run.folder / "result.json", json.dumps(result, indent=1).encode())
-    tops = [f"{name[5:]} {value} %" for name, value in result.items() if name.startswith("test_")]
+    tops = [f"top-{name[8:]} {value} %" for name, value in result.items() if "test_top" in name]
     print(f"test accuracy: {', '.join(tops)}; more: {list2cmdline(['python', 'eval.py', s.out])}")
     return result
 
@@ -578,10 +577,10 @@ def pack(value):
 
 
 def read(path):
-    """Read a checkpoint as a dict. Raises OSError, one line, if it cannot be read."""
+    """Read a checkpoint as a dict. Raises OSError with one line if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as reason:             # missing, torn, no checkpoint: torch has many errors
+    except Exception as reason:             # missing, damaged, no checkpoint: many errors
         raise OSError(f"{path} cannot be read ({type(reason).__name__})")
 
 
@@ -662,7 +661,7 @@ def set_threads(device, saved):
     if saved and "OMP_NUM_THREADS" not in os.environ:
         threads = min(saved["threads"], os.cpu_count())
     if not saved and device.type == "cpu" and threads > 1 and seconds(threads) > 1.2 * seconds(1):
-        print(f"the CPU is busy: using one thread, which is faster than {threads} now")
+        print(f"the CPU is busy: using one thread, which is now faster than {threads} threads")
         threads = 1
     torch.set_num_threads(threads)
 
@@ -683,7 +682,7 @@ def main(argv=None):
           f"threads: {torch.get_num_threads()}", flush=True)
     try:
         return train(run)
-    except (KeyboardInterrupt, OSError) as reason:      # Ctrl-C has no words; a full disk has
+    except (KeyboardInterrupt, OSError) as reason:      # Ctrl-C has no message
         command = list2cmdline(["python", "train.py", "--resume", "--out", s.out])
         raise SystemExit(f"{str(reason) or 'stopped'}; continue with: {command}")
     except Exception:

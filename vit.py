@@ -3,7 +3,7 @@
     B  images in a batch            #P  patches of an image, each of D/#P numbers
     E  embedding width              T   tokens: patches, and a label patch or class token if used
     H  heads, each of width E/H     D   numbers in an image: channels * height * width
-    L  layers                       C   channels in `patchify`, elsewhere classes
+    L  layers                       C   channels in shapes of images, else classes
 
 A model is a list of local layers; each layer is trained by its own loss. Data flows through it as
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
-        nn.init.xavier_uniform_(self.qkv.weight)        # the start of nn.MultiheadAttention
+        nn.init.xavier_uniform_(self.qkv.weight)        # initialised as in nn.MultiheadAttention
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
@@ -147,7 +147,7 @@ class ViT(nn.Module):
 class MLP(nn.Module):
     """MLP[E L]: L local layers of linear + ReLU on flat pixels (Section 4, Models).
 
-    labels is None; "one-hot": the label replaces the first pixels (FF and Collab, Fig. 2b); or
+    labels is None; "one-hot": the label replaces the first pixels (FF and FF Collab, Fig. 2b); or
     "random": a random, fixed vector of D numbers per class follows the pixels (SymBa, Fig. 2c and
     Eq. 4). Raises ValueError for other labels, and for more one-hot classes than D.
     """
@@ -163,13 +163,13 @@ class MLP(nn.Module):
         self.register_buffer("labels", None)
         if labels:
             table = torch.eye(num_classes) if self.one_hot else torch.randn(num_classes, D)
-            table = (D / num_classes) ** 0.5 * F.normalize(table)   # an image: about sqrt(D) long
+            table = (D / num_classes) ** 0.5 * F.normalize(table)   # images have norm ~ sqrt(D)
             self.labels = F.pad(table, (0, 0, 0, 1))    # row -1 is zeros, the neutral label
         self.layers, width = nn.ModuleList(), 2 * D if labels == "random" else D
         for _ in range(num_layers):
             self.layers.append(nn.Sequential(nn.Linear(width, embed_dim), nn.ReLU()))
             width = embed_dim
-        if labels:      # n inputs have length 1, not sqrt(n), so weights start sqrt(n) times larger
+        if labels:      # n inputs have norm 1, not sqrt(n), so weights start sqrt(n) times larger
             for layer in self.layers:
                 nn.init.uniform_(layer[0].weight, -1, 1)
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
@@ -191,7 +191,7 @@ def label_rows(table, y):
     """The rows of a label table for labels y (B,); None without a table. y = -1 is the last row.
 
     Raises ValueError if y is unexpectedly given or missing, and for a label outside -1..C-1 (not on
-    a GPU, because the check would make every batch wait).
+    a GPU, because the check would make the CPU wait for it).
     """
     if (table is None) != (y is None):
         raise ValueError("a model built without labels takes only images; a model built with "

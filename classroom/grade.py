@@ -1,4 +1,4 @@
-"""Grade functions that a student wrote from the paper; README.md describes the tasks.
+"""Grade functions that a student wrote from the paper; classroom/README.md has the tasks.
 
     python classroom/grade.py --template mine.py                    write a file to start from
     python classroom/grade.py mine.py [-k task04]                   grade it, from any folder
@@ -221,7 +221,7 @@ class Plugin:
             yield item.originalname, self.words
 
     def pytest_runtest_makereport(self, item, call):
-        """Keep the words for a failure; pytest's own traceback would take longer than the test."""
+        """Keep the message of a failure; pytest's own traceback would take longer than the test."""
         status = "failed" if call.excinfo else "passed"
         if call.excinfo:
             self.words = explain(call.excinfo.value)
@@ -231,7 +231,7 @@ class Plugin:
 
 
 def judge(task, outcomes):
-    """(state, words): "done", "to do" or, say, "3 of 5"; the words explain the first failure."""
+    """(state, words): "done", "to do" or, say, "3 of 5"; words explain the first failure."""
     failures = [(test, words) for test, words in outcomes if words is not None]
     passed = {test for test, _ in outcomes} - {test for test, _ in failures}
     tests = set(TASKS[task][2])
@@ -309,7 +309,7 @@ def grade_files(options, tasks):
     if options.reports:
         Path(options.reports).mkdir(exist_ok=True)
     table.writerow(["name", "status", "points", "maximum", *tasks,
-                    *(f"{task} words" for task in tasks)])
+                    *(f"{task} message" for task in tasks)])
     worst, pool = 0, ThreadPool(min(4, os.cpu_count()))
     graded = pool.imap(lambda path: examine(path, tasks, options.seconds), options.files)
     for name, path, (results, printed, refused) in zip(names, options.files, graded):
@@ -342,7 +342,7 @@ def grade(arguments):
     if unknown:
         parser.exit(2, f"-k {unknown[0]}: use one of task01 ... {max(TASKS)}; repeat -k for more\n")
     if Path(options.csv or "").suffix.lower() == ".py":     # --force would overwrite an answer
-        parser.exit(2, f"--csv {options.csv}: this is a Python file; give the table's name first\n")
+        parser.exit(2, f"--csv {options.csv}: this is a Python file, not a table\n")
     try:
         if not options.template:
             return grade_files(options, [task for task in TASKS if task in (options.k or TASKS)])

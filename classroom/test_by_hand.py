@@ -194,5 +194,5 @@ def test_pooled_output_takes_fewer_products():
     assert n < first + 0.01, \
         f"{words}; {first:.1f} are enough, because pool(W2 u + b2 + z) = W2 pool(u) + b2 + pool(z)"
     assert n < both + 0.01, \
-        f"{words}; {both:.1f} are enough, because LN's g and beta need no gradient of LN(x)"
+        f"{words}; {both:.1f} are enough: move LN's g and beta into W and b"
     assert n > 15, f"{words}, but at least 15 are needed: write every product with @ or F.linear"

@@ -81,7 +81,7 @@ class Segment:
             self.coming.append((dist.irecv(h, self.rank - 1), h))
 
     def patches(self, images, y=None):
-        """The input of the own layers: patches in the first process, a message in a later one."""
+        """The input of this process's layers: patches in the first process, elsewhere a message."""
         if self.rank == 0:
             return self.cut_patches(images, y)
         start, (request, h) = time.time(), self.coming.pop(0)
@@ -212,7 +212,8 @@ def assist():
 # --------------------------------------------------------------------------- the schedule (Fig. 8)
 
 def longest_chain(trace):
-    """The most steps that depend on each other: n + N - 1 for N batches on n processes (Sec. 5.1).
+    """The length of the longest chain of steps in which each depends on the one before: n + N - 1
+    for N batches on n processes (Sec. 5.1).
 
     A process's step on a batch depends on its step on the batch before, and on the step that sent
     its input. If the process had to wait until an older message had left, its step also depends on
@@ -291,7 +292,7 @@ def lead(run):
             train_encoder(run)
         broadcast(None)                                         # tells the others to end
         train.train(run)                                        # stage 2 and the test
-    except (KeyboardInterrupt, OSError) as reason:      # Ctrl-C has no words; a full disk has
+    except (KeyboardInterrupt, OSError) as reason:      # Ctrl-C has no message
         raise SystemExit(f"{str(reason) or 'stopped'}; continue with: {command}")
 
 

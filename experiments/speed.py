@@ -94,7 +94,7 @@ def step_memory_here(method, name, batch_size, device):
 
 
 def timed(functions, rounds, barrier=lambda: None):
-    """{name: seconds of each round} for {name: function}, without a warm-up round. The functions
+    """{name: seconds of each round} for {name: function}, after a warm-up round. The functions
     take turns, so a change in the machine's speed affects all. barrier: waits for all processes."""
     seconds = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -186,7 +186,7 @@ def piped_steps(method, N, *case):
 def data_parallel_steps(N, name, batch_size, device):
     """A function that makes N steps of BP; each process has its share of the batch."""
     run = random_run("BP", name, batch_size // dist.get_world_size(), device)
-    # DistributedDataParallel averages the gradients of one call: it must have encoder and head
+    # DistributedDataParallel averages gradients after one call, which must run encoder and head
     run.model.forward = lambda images: run.model.head(encode(run.model, images)[-1])
     whole, optimizer = DistributedDataParallel(run.model), run.optimizers[0]
     return repeat(N, lambda: update(optimizer, cross_entropy(whole(run.augment(run.x)), run.y)))

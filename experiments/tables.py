@@ -1,4 +1,4 @@
-"""Print every table of README.md and records/README.md, with numbers from the records.
+"""Print every table of results in README.md and records/README.md here, from the records.
 
     python experiments/tables.py
 

@@ -1,4 +1,4 @@
-"""Each command of figures.py draws records and a small run, and refuses in one line.
+"""Each command of figures.py draws records and a small run, and refuses with a reason.
 
     python -m pytest -q experiments/test_figures.py
 """

@@ -130,7 +130,7 @@ def test_the_probe_is_least_squares_on_images_without_augmentation():
     fit, val = (torch.cat([normalize(f), torch.ones(len(f), 1)], dim=1) for f in (fit, val))
     guess = (val @ torch.linalg.lstsq(fit, one_hot(y).float()).solution).argmax(dim=1)
     right = 100 * (guess == val_y).double().mean().item()
-    assert train.measure(run)["probe"] == pytest.approx(right, abs=2.1)         # a near tie
+    assert train.measure(run)["probe"] == pytest.approx(right, abs=2.1)    # one near tie
 
 
 @pytest.mark.parametrize("flags", [["--algo", "cffm"], ["--algo", "ff", "--model", "mlp-16-2"],

@@ -19,7 +19,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from subprocess import list2cmdline     # its quotes work in POSIX shells and on Windows
+from subprocess import list2cmdline     # its quotes work in cmd.exe, and in sh if there is no "$"
 from timeit import timeit
 from traceback import extract_tb
 from types import SimpleNamespace

@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 def goodness(h):
     """The goodness of a layer's pooled outputs h: (B, E) -> (B,), G = ||h||^2 / E.
 
-    Eq. 1 has the sum of squares. This is the mean, as in the authors' code: theta is for any E.
+    Eq. 1 has the sum; this is the mean, as in the authors' code, so theta does not depend on E.
     """
     return h.square().mean(dim=1)
 
@@ -175,7 +175,7 @@ def _terms(f, y, i, margin, temperature):
 
 def grad_anchor(f, y, k, margin, temperature):
     """dL_k/df_k (E,), Eq. 18: the gradient of anchor k's own loss; zeros if k has no positive.
-    k is a row number; the rest and the ValueErrors are as in `marginal_contrastive_loss`."""
+    k is a row number. Raises ValueError for wrong shapes, margins and temperatures."""
     s, P, N, R, Rc, Z = _terms(f, y, k, margin, temperature)
     if not P.any():
         return torch.zeros_like(f[k])

@@ -446,7 +446,7 @@ def load_torchs(ours, theirs):
 
 @pytest.fixture
 def torchs_layer():
-    """torch's encoder layer. Its biases (at first 0) and scales (at first 1) are random, too."""
+    """torch's encoder layer. All its parameters are random, also biases and scales."""
     layer = torch.nn.TransformerEncoderLayer(12, 3, 24, dropout=0, activation="gelu",
                                              norm_first=True, batch_first=True).double()
     for p in layer.parameters():
@@ -816,18 +816,18 @@ def test_train_on_and_validate_return_the_losses_of_the_method(monkeypatch, meth
     without_training = train.validate(run)
     assert not without_training.requires_grad and not any(gradients_of(run.model))
     assert same(before, weights(run.model)), "validation must not change the weights"
-    g, images = run.generator, (*run.val, run.augment)              # x, y, augment
+    g, data = run.generator, (*run.val, run.augment)                # x, y, augment
     steps = {
-        "cff": lambda: cff.cff_step(twin, optimizers, *images, [0.0, 0.0, 0.0], 0.3, views),
-        "cffm": lambda: cff.cff_step(twin, optimizers, *images, [0.8, 0.5, 0.2], 0.3, views),
-        "scl": lambda: cff.scl_step(twin, optimizers[0], *images, 0.3, views),
+        "cff": lambda: cff.cff_step(twin, optimizers, *data, [0.0, 0.0, 0.0], 0.3, views),
+        "cffm": lambda: cff.cff_step(twin, optimizers, *data, [0.8, 0.5, 0.2], 0.3, views),
+        "scl": lambda: cff.scl_step(twin, optimizers[0], *data, 0.3, views),
         "ff": lambda: cff.ff_step(
-            twin, optimizers, *images, lambda p, n: losses.ff_loss(p, n, 1.5), g),
+            twin, optimizers, *data, lambda p, n: losses.ff_loss(p, n, 1.5), g),
         "symba": lambda: cff.ff_step(
-            twin, optimizers, *images, lambda p, n: losses.symba_loss(p, n, 3.0), g),
-        "collab": lambda: cff.collab_step(twin, optimizers, *images, 1.5, g),
-        "bp": lambda: cff.bp_step(twin, optimizers[0], *images),
-        "head": lambda: cff.head_step(twin, optimizers[0], *images)}
+            twin, optimizers, *data, lambda p, n: losses.symba_loss(p, n, 3.0), g),
+        "collab": lambda: cff.collab_step(twin, optimizers, *data, 1.5, g),
+        "bp": lambda: cff.bp_step(twin, optimizers[0], *data),
+        "head": lambda: cff.head_step(twin, optimizers[0], *data)}
     g.manual_seed(run.settings.seed)                    # the seed that train.validate uses
     expected = steps[method.split()[0]]()
     check(without_training, expected, "train.validate", 1e-6)
@@ -946,7 +946,7 @@ def test_fig5_row_3_counts_saturated_pairs(monkeypatch):
 def test_fig5_row_4_shows_pairs_with_the_median_cosine():
     f = normalize(torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [1, 1], [1, 2], [2, 1], [3, 1]]), dim=1)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1])
-    assert evaluation.three_images(f, y) == [0, 3, 5], "cosines 0, 0.71, 0.995; 0.45, 0.89, 0.95"
+    assert evaluation.three_images(f, y) == [0, 3, 5], "medians of 0, 0.71, 0.995; 0.45, 0.89, 0.95"
 
 
 def test_fig6_convergence_is_99_percent_of_the_drop():

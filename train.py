@@ -5,7 +5,7 @@
     python train.py --dataset mnist --algo ff
     python train.py --resume --out runs/NAME         continue a run that was stopped
 
-A run is a folder. checkpoint.pt holds the weights and everything that --resume needs. People read
+A run is a folder. checkpoint.pt holds the weights and everything that --resume needs. For people:
 config.json (every setting), log.csv (one row per epoch) and result.json (test accuracy).
 `python eval.py runs/NAME` evaluates a run.
 """
@@ -48,7 +48,7 @@ SETTINGS = {
     "limit": (0, FROM_0, "training images to use, and a ninth as many for validation; 0: all"),
     "missing": (0.0, (0, 1), "fraction of training and validation images left out (Table 4)"),
     "label_noise": (0.0, (0, 1), "fraction of training and validation labels made wrong (Table 4)"),
-    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "MNIST is never flipped"),
+    "augment": ("crop", ["none", "flip", "crop", "crop+randaug"], "crops also flip; MNIST never"),
     "padding": (4, FROM_0, "pixels added on each side of an image before its crop"),
     "fill": ("zeros", ["zeros", "edge"], "value of the added pixels: zero, or the nearest pixel"),
     "patch_size": (4, FROM_1, "side of a patch in pixels"),
@@ -62,15 +62,15 @@ SETTINGS = {
     "head_lr": (0.0005, FROM_0, "learning rate of stage 2"),
     "weight_decay": (0.01, FROM_0, "weight decay of AdamW"),
     "warmup": (0, FROM_0, "updates in which the learning rate of stage 1 rises to --lr"),
-    "schedule": ("constant", ["constant", "cosine"], "learning rate; cosine falls to 0"),
+    "schedule": ("constant", ["constant", "cosine"], "of the learning rate; cosine falls to 0"),
     "temperature": (0.15, (1e-6, 1e6), "tau of Eqs. 3 and 15"),
     "m0": (0.4, (0, 2), "margin of the first layer (Sec. 4.1)"),
     "mL": (0.1, (0, 2), "margin of the last layer"),
-    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "see Fig. 4a"),
+    "decay": ("linear", ["linear", "parabolic", "cosine", "exponential"], "how margins go to mL"),
     "threshold": (2.0, FROM_0, "theta of Eq. 2 (ff, collab)"),
     "alpha": (1.0, (1e-6, 1e6), "alpha of Eq. 7 (symba)"),
     "head": (False, None, "ff, symba, collab: predict by a head, trained in stage 2 (Table 2)"),
-    "seed": (0, (0, 2 ** 63 - 1), "seed of the validation split, the weights and every draw"),
+    "seed": (0, (0, 2 ** 63 - 1), "seed of the split, the weights and the training"),
     "precision": ("tf32", ["fp32", "tf32", "bf16"], "of matrix products; on a CPU tf32 is fp32"),
     "device": ("auto", ["auto", "cpu", "cuda", "mps"], "auto: cuda if there is one, else cpu"),
     "out": ("", None, "folder of the run; default: runs/ and a name made from the settings"),
@@ -193,7 +193,7 @@ def train_on(run, x, y):
 
 
 def losses_on(run, x, y):
-    """The losses that `train_on` would return, without training. val_generator draws."""
+    """The losses that `train_on` would return, without training; random by val_generator."""
     s, model, augment = run.settings, run.model, run.val_augment
     if run.method in ("cff", "cffm"):
         return cff_losses(model, x, y, augment, run.margins, s.temperature, s.views)
@@ -209,7 +209,7 @@ def losses_on(run, x, y):
 
 @torch.no_grad()
 def validate(run):
-    """Mean losses on the validation images, (L,) or a scalar. The draws repeat every epoch."""
+    """Mean losses on validation images, (L,) or a scalar, with the same random views each time."""
     (images, labels), total, n = run.val, 0, 0
     run.val_generator.manual_seed(run.settings.seed)
     for rows in batches_of(run, labels, shuffled=False):
@@ -245,8 +245,8 @@ def end_epoch(run, train_losses, val_losses, start):
 
 
 def choosing_loss(algo, val_losses):
-    """The number that selects the epoch, from the validation loss of each layer: the last layer's
-    loss or, for FF, SymBa and FF Collab, the sum over all layers except the first."""
+    """The validation loss that selects the weights, from the loss of each layer: the last layer's
+    or, for FF, SymBa and FF Collab, the sum over all layers except the first."""
     return sum(val_losses[1:] or val_losses) if algo in WITH_LABELS else val_losses[-1]
 
 
@@ -258,7 +258,7 @@ def print_row(cells):
 # ------------------------------------------------------------------ what a network has learned
 
 def measure(run, most=3000):
-    """Columns of the log, from at most `most` training and validation images, not augmented: the
+    """Columns of the log, from up to `most` images each of training and validation, not augmented:
     validation accuracy of a linear probe in % and, for CFF+M, each layer's |R|/|P| (Fig. 5)."""
     row, last = {}, {}
     for part, (images, y) in (("train", run.train), ("val", run.val)):
@@ -372,8 +372,8 @@ def draw_some(n, generator):
         radius, turn = rand(*sizes), rand(0, 2 * math.pi)
         x, y = ((axis - 15.5 - room * rand(-1, 1)) / radius for axis in (columns, rows))
         x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
-        colour, distance = colour(), outline(x, y)              # after the random position
-        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))    # covered share
+        colour, distance = colour(), outline(x, y)              # drawn in this order
+        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))    # share of a pixel
 
     def by_class(x, y):                     # image i has the class i % 10
         distances = [outline(x[c::10], y[c::10]) for c, outline in enumerate(SHAPES.values())]
@@ -535,7 +535,7 @@ def start(run):
               "data": run.data, "threads": torch.get_num_threads(), "device": chip,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "torchvision": torchvision.__version__}}
-    with open(run.folder / "config.json", "x") as file:             # "x": only one run can
+    with open(run.folder / "config.json", "x") as file:             # fails if there is one
         file.write(json.dumps(config, indent=1) + "\n")
     save(run)
 

@@ -5,7 +5,7 @@
     H  heads, each of width E/H     D   numbers in an image: channels * height * width
     L  layers                       C   channels in shapes of images, else classes
 
-A model is a list of local layers; each layer is trained by its own loss. Data flows through it as
+A model is a list of layers. CFF and FF train each by its own loss. Data flows through it as
 
     h = model.patches(images)              # (B, T, D/#P)
     for layer in model.layers:
@@ -90,7 +90,7 @@ class PatchEmbedding(nn.Module):
     """The first part of layer 1, before its encoder layer: (B, T, D/#P) -> (B, T, E).
 
     It has a linear projection, ReLU and a learnable position per token. Positions start at random,
-    with standard deviation position_std. class_token=True puts one more token in front.
+    with standard deviation position_std. class_token=True adds a token in front: T + 1.
     """
 
     def __init__(self, patch_dim, num_tokens, embed_dim, class_token, position_std):
@@ -175,7 +175,7 @@ class MLP(nn.Module):
         self.head = linear_head(embed_dim, num_layers, num_classes, labels)
 
     def patches(self, images, y=None):
-        """The input of layer 1: (B, D). With labels y its rows have length 1; SymBa has (B, 2D)."""
+        """The input of layer 1: (B, D). With labels y its rows have norm 1; SymBa has (B, 2D)."""
         x, label = images.flatten(1), label_rows(self.labels, y)
         if y is None:
             return x
@@ -188,11 +188,9 @@ class MLP(nn.Module):
 
 
 def label_rows(table, y):
-    """The rows of a label table for labels y (B,); None without a table. y = -1 is the last row.
-
-    Raises ValueError if y is unexpectedly given or missing, and for a label outside -1..C-1 (not on
-    a GPU, because the check would make the CPU wait for it).
-    """
+    """The rows of a label table for labels y (B,); None if both are None. y = -1 selects the last
+    row, the neutral label. Raises ValueError if only one is None, and for a label outside -1..C-1
+    (not on a GPU, because the check would make the CPU wait for it)."""
     if (table is None) != (y is None):
         raise ValueError("a model built without labels takes only images; a model built with "
                          "labels takes images and y (-1: the neutral label)")

@@ -183,7 +183,7 @@ def what_varies(groups):
 def fig7(runs):
     """Figs. 4b and 7: accuracy by the one setting that varies, as mean and standard deviation of
     the seeds, on validation images, as in the paper. In Fig. 4b methods without margins are
-    horizontal lines. Table 4's settings change the validation images, so they use test images."""
+    horizontal lines. Runs that vary --missing or --label-noise are compared by test accuracy."""
     groups = read_groups(find_folders(runs))
     varied = what_varies(groups)
     table4 = varied in ("missing", "label_noise")

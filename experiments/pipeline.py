@@ -36,8 +36,8 @@ class Segment:
     Only the first process has images. A later process receives the output of the layer before its
     own. Each process sends its last layer's output on before it computes that layer's loss; nothing
     comes back. While process r works on batch t, process r - 1 works on batch t + 1, so N batches
-    take n + N - 1 steps on n processes. A process sends a batch only after the batch before has
-    left, so at most two batches are on their way. `trace` has the events of the epoch.
+    take n + N - 1 steps on n processes. A process sends a batch when the one before has arrived,
+    so at most two wait for the next process. `trace` has the events of the epoch.
     """
 
     def __init__(self, model, image_shape, views):
@@ -56,7 +56,7 @@ class Segment:
             model.layers = self.layers                          # frees the other layers
 
     def epoch(self, sizes):
-        """Yield the number of each batch, for a step on it; sizes: the number of images in each."""
+        """Yield each batch's number; the caller then makes a step on it. sizes: images in each."""
         self.batch, self.trace = 0, []
         self.coming, self.going = [], []                        # messages that are on their way
         self.expected = (size for size in sizes for _ in range(self.messages))  # one per message

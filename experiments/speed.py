@@ -60,7 +60,7 @@ def peak_of(work, device):
 
 
 def random_run(method, name, batch_size, device):
-    """A run of a model for `train_on`, with random images x; each label in y repeats."""
+    """A run of a model for `train_on`, with random images x; each class occurs at least twice."""
     s = defaults("cifar10", METHODS[method]["algo"]) | METHODS[method] | {"model": name}
     s, data = SimpleNamespace(**s), {"image_shape": (3, 32, 32), "num_classes": 10}
     model = make_model(s, data).to(device)
@@ -193,13 +193,13 @@ def data_parallel_steps(N, name, batch_size, device):
 
 
 def pipeline_speed(name, batch_size, rounds, N, device):
-    """Time N batches in the first process only, and in all processes: by the pipeline, and for BP
-    by DistributedDataParallel. Returns the numbers for `show_pipeline_speed` in the first process,
-    None in others."""
+    """Time N batches on the first process alone and on all: CFF+M by the pipeline, BP by
+    DistributedDataParallel. Returns numbers for `show_pipeline_speed` in the first process, None
+    in others."""
     n, case = dist.get_world_size(), (name, batch_size, device)
     piped_steps("CFF+M, 1 view", 1, f"vit-8-2-{n}", 8, device)()            # loads the libraries
     memory = gather(peak_of(lambda: piped_steps("CFF+M, 1 view", 2, *case)(), device))
-    ways = {}                                                   # by one process, by all together
+    ways = {}                               # method: (in the first process, in all processes)
     for method in ("CFF+M, 1 view", "CFF+M, 2 views"):
         ways[method] = repeat(N, random_step(method, *case)), piped_steps(method, N, *case)
     ways["BP"] = repeat(N, random_step("BP", *case)), data_parallel_steps(N, *case)
@@ -221,7 +221,7 @@ def show_pipeline_speed(record):
     print("{batches} batches of {batch_size} random images of CIFAR-10's size: {model}, "
           "{processes} processes, {device}, torch {torch}.\nMedians of {rounds} rounds "
           "(min-max):\n".format(**record))
-    rows = [["Work", "One process, s", f"{record['processes']} processes, s", "Gain",
+    rows = [["Method", "One process, s", f"{record['processes']} processes, s", "Gain",
              "Speed / BP"]]
     for what, row in record["methods"].items():
         rows.append([what, f"{row['alone']:.1f}", f"{row['together']:.1f}", ranged(row["gain"]),
@@ -256,7 +256,7 @@ def main():
     else:
         measured, show = speed(*sizes, device), show_speed
     if measured:                                                # only in the first process
-        chip = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        chip = f"{platform.processor() or platform.machine()}, threads: {torch.get_num_threads()}"
         if device.type == "cuda":
             chip = torch.cuda.get_device_name()
         record = {"device": chip, "torch": torch.__version__, **vars(args), **measured}

@@ -1,4 +1,4 @@
-"""Print every table of results in README.md and records/README.md here, from the records.
+"""Print the tables of results of this folder's README.md and records/README.md from the records.
 
     python experiments/tables.py
 
@@ -75,7 +75,7 @@ def loss_of_equal(run, m):
     s, images, total = run.settings, run.images[1], 0
     for start in range(0, images, s.batch_size):
         B = min(s.batch_size, images - start)
-        P = s.views - 1 + s.views * (B - 1) / 10    # other views; all views of a tenth of the rest
+        P = s.views - 1 + s.views * (B - 1) / 10    # own other view; a tenth of the rest
         N = s.views * B - 1 - P
         total += B * (math.log(P * math.exp(m / s.temperature) + N) - m / s.temperature)
     return total / images

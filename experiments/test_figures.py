@@ -1,4 +1,4 @@
-"""Each command of figures.py draws records and a small run, and refuses with a reason.
+"""Each command of figures.py draws a picture, or says why it cannot.
 
     python -m pytest -q experiments/test_figures.py
 """

@@ -75,7 +75,7 @@ def assert_same_runs(one, other):
 # ------------------------------------------------------------------------- training and testing
 
 def test_train_and_eval_from_the_command_line(tmp_path):
-    """The README's commands, small, in a terminal that has no ü: shapes are learned."""
+    """The README's commands, with a small model, learn shapes, even if a terminal has no ü."""
     def script(name, *flags):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
         return subprocess.run([sys.executable, ROOT / name, *flags], stdout=subprocess.PIPE,
@@ -130,7 +130,7 @@ def test_the_probe_is_least_squares_on_images_without_augmentation():
     fit, val = (torch.cat([normalize(f), torch.ones(len(f), 1)], dim=1) for f in (fit, val))
     guess = (val @ torch.linalg.lstsq(fit, one_hot(y).float()).solution).argmax(dim=1)
     right = 100 * (guess == val_y).double().mean().item()
-    assert train.measure(run)["probe"] == pytest.approx(right, abs=2.1)    # one near tie
+    assert train.measure(run)["probe"] == pytest.approx(right, abs=2.1)    # one of 50 may differ
 
 
 @pytest.mark.parametrize("flags", [["--algo", "cffm"], ["--algo", "ff", "--model", "mlp-16-2"],
@@ -146,7 +146,7 @@ def test_bf16_is_for_the_products_of_a_layer_alone(flags):
 
 
 @pytest.mark.parametrize("saved, typed, slowdown, expected", [
-    (None, "", 1.1, 4), (None, "", 1.3, 1),                 # a new run; beside other work
+    (None, "", 1.1, 4), (None, "", 1.3, 1),                 # a new run; the second on a busy CPU
     (7, "", 1.3, 7), (9, "", 1, 8), (7, "4", 1, 4),         # resumed; 8 cores; OMP_NUM_THREADS
 ])
 def test_threads(monkeypatch, saved, typed, slowdown, expected):
@@ -195,7 +195,7 @@ def test_a_run_killed_at_random_moments_continues_bit_for_bit(tmp_path):
     assert_same_runs(whole, killed)
 
 
-@pytest.mark.parametrize("n", [5, 6])                   # checkpoint.pt, log.csv of the second epoch
+@pytest.mark.parametrize("n", [5, 6])                   # of the writes: files of epoch 2
 def test_a_full_disk_is_one_line_and_a_whole_checkpoint_stays(tmp_path, monkeypatch, n):
     written = []
 
@@ -324,7 +324,7 @@ def test_mnist_is_not_flipped(monkeypatch):
 
 
 def test_tiny_imagenets_layout(tmp_path):
-    """A made-up folder: one image per class and part; those of n01 are bright, and grey JPEGs."""
+    """A made-up folder: one image per class and part. Class n01 has bright, grey JPEGs."""
     root, lines = tmp_path / "tiny-imagenet-200", []
     for name, channels, value in (("n02", 3, 0), ("n01", 1, 200)):
         image = to_pil_image(torch.full((channels, 64, 64), value, dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""The tables and commands in README.md and records/README.md agree with the records.
+"""The tables on the pages, and the commands in config.json, agree with the records.
 
     python -m pytest -q experiments/test_tables.py
 """

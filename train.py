@@ -676,7 +676,8 @@ def main(argv=None):
         if not saved:
             start(run)
     except (OSError, ValueError) as reason:             # the line helps if the code is wrong
-        place = extract_tb(reason.__traceback__)[-1]
+        place = [line for line in extract_tb(reason.__traceback__)
+                 if Path(line.filename).parent == Path(__file__).parent][-1]
         raise SystemExit(f"{Path(place.filename).name}, line {place.lineno}: error: {reason}")
     print(f"{s.algo} with {s.model} on {s.dataset}, seed {s.seed}, in {s.out}; "
           f"threads: {torch.get_num_threads()}", flush=True)

@@ -36,8 +36,7 @@ SMALL = [*TINY, "--epochs", "3", "--head-epochs", "2"]
 train.draw_shapes = functools.cache(train.draw_shapes)      # saves a second in each run
 torch.set_num_threads(1)                                    # the same rounding in each run
 
-CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
-PROCESSES = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
+PROCESSES = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 PROCESSES.set_forkserver_preload(["torch._dynamo", "torchvision.transforms.v2", "pytest"])
 
 
@@ -309,6 +308,8 @@ def test_bad_input_ends_with_one_line(tmp_path, capsys, flags, words):
 def test_flags_win_then_the_data_set_then_the_recipe():
     s = settings_of("--dataset", "tinyimagenet", "--recipe", "short", "--epochs", 7)
     assert (s.epochs, s.padding, s.batch_size) == (7, 6, 128)
+    s.model, data = "ViT[16 2 2]", {"image_shape": (3, 32, 32), "num_classes": 10}
+    assert train.make_model(s, data).patches(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 192)
     mnist, plain = settings_of("--dataset", "mnist"), settings_of("--recipe", "none")
     assert (mnist.model, mnist.views, mnist.epochs, plain.epochs) == ("mlp-500-3", 1, 30, 600)
     assert settings_of("--dataset", "cifar10", "--algo", "bp", "--recipe", "short").lr == 0.002

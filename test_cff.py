@@ -1,7 +1,6 @@
 """Tests of the paper: losses, gradients, networks, Algorithm 1, settings, results.
 
     python -m pytest -q                         all tests of the project, in a few minutes
-    python -m pytest -q test_cff.py             this file, in less than a minute
     python -m pytest -q -k eq18                 one equation, table, figure or algorithm
 
 Each loss is compared with a slow, plain version in float64, and each gradient with automatic

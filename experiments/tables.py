@@ -9,8 +9,7 @@ template for the tables whose words are written by hand. Names in braces stand f
     {tenth-cff validation}             its validation accuracy
     {tenth-cff epochs}                 epochs to convergence (Fig. 6)
     {tenth-cff-s0 lowest in 60}        lowest validation loss in the first 60 epochs
-    {tenth-cff-s0 below equal}         for each layer, the first epoch with a validation loss below
-                                       the loss of equally similar images
+    {tenth-cff-s0 below equal}         for each layer, the epoch of `epochs_below_equal`
     {3 vit-128-4-5 crop cffm}          accuracy in paper.csv, by table, model, setting (if none,
                                        augmentation) and method
     {CFF+M, 1 view: ratio}             a ratio of times in speed.json
@@ -53,31 +52,35 @@ def values_of_runs():
             for n in (30, 60, 120, 200):
                 values[f"{run.name} lowest in {n}"] = f"{min(losses[:n]):.3f}"
             if run.settings.recipe == "tenth" and run.settings.algo in ("cff", "cffm"):
-                values[f"{run.name} below equal"] = first_epochs_below_equal(run)
+                values[f"{run.name} below equal"] = epochs_below_equal(run)
     return values
 
 
-def first_epochs_below_equal(run):
-    """For each layer, the first epoch with a validation loss below that of equal similarities."""
+def epochs_below_equal(run):
+    """For each layer, the epoch from which its validation loss stays below `loss_of_equal`."""
     s, L = run.settings, int(run.settings.model.split("-")[-1])
     by_layer = margins(s.m0, s.mL, L, s.decay) if s.algo == "cffm" else L * [0.0]
     found = []
     for l, m in enumerate(by_layer, start=1):
         equal = loss_of_equal(run, m)
-        below = [i for i, row in enumerate(run.log, start=1) if row[f"val_loss_{l}"] < equal]
-        found.append(str(below[0]) if below else "never")
+        above = [i for i, row in enumerate(run.log, start=1) if row[f"val_loss_{l}"] >= equal]
+        begins = max(above, default=0) + 1
+        found.append(str(begins) if begins <= len(run.log) else "never")
     return ", ".join(found)
 
 
 def loss_of_equal(run, m):
-    """The validation loss with margin m when all similarities are equal and at most 1 - m (Eq. 17),
-    for ten classes."""
+    """The expected validation loss with margin m when all similarities are equal and at most 1 - m
+    (Eq. 17), for ten classes: an anchor shares its class with n other images of its batch."""
     s, images, total = run.settings, run.images[1], 0
     for start in range(0, images, s.batch_size):
         B = min(s.batch_size, images - start)
-        P = s.views - 1 + s.views * (B - 1) / 10    # own other view; a tenth of the rest
-        N = s.views * B - 1 - P
-        total += B * (math.log(P * math.exp(m / s.temperature) + N) - m / s.temperature)
+        for n in range(1, B):
+            P = s.views * (n + 1) - 1
+            N = s.views * B - 1 - P
+            chance = math.comb(B - 1, n) * 0.1 ** n * 0.9 ** (B - 1 - n)
+            loss = math.log(P * math.exp(m / s.temperature) + N) - m / s.temperature
+            total += B * chance * loss
     return total / images
 
 

@@ -10,8 +10,8 @@ Covers Eqs. 1-3, 7, 12 and 14-18 of the paper, R(i) of Section 3.5, Eqs. A.1-A.7
     R(i), Rc(i)     saturated positives of i, those with s_ir > 1 - m; the other positives of i
     tau, m          temperature and margin; the paper writes most equations with tau = 1
 
-The sets are boolean masks: P[i, j] is True where j is in P(i). Each loss is the mean of L_i over
-the anchors i that have a positive. The paper writes the sum over all anchors.
+The sets are boolean masks: P[i, j] is True where j is in P(i). A contrastive loss is the mean of
+L_i over the anchors i that have a positive. The paper writes the sum over all anchors.
 
     >>> f = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
     >>> y = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])

@@ -668,14 +668,14 @@ def set_threads(device, saved):
 
 def main(argv=None):
     """Train as the flags say; returns the result. Wrong settings, missing data and a full disk end
-    with one line. A mistake in the code shows its traceback."""
+    with one line; before training it names the line of code. Other errors show a traceback."""
     s, saved = parse(argv)
     try:
         run = make_run(s, saved)
         set_threads(run.device, saved)
         if not saved:
             start(run)
-    except (OSError, ValueError) as reason:             # the line helps if the code is wrong
+    except (OSError, ValueError) as reason:     # a bug can raise these too, so name its place
         place = [line for line in extract_tb(reason.__traceback__)
                  if Path(line.filename).parent == Path(__file__).parent][-1]
         raise SystemExit(f"{Path(place.filename).name}, line {place.lineno}: error: {reason}")

@@ -203,7 +203,7 @@ def label_rows(table, y):
 
 
 def linear_head(embed_dim, num_layers, num_classes, labels):
-    """LayerNorm + linear on the last layer's output, or with labels on all layers but the first."""
+    """LayerNorm + linear, on the last layer's output; with labels, on all but the first layer's."""
     width = embed_dim * max(1, num_layers - 1) if labels else embed_dim         # Table 2
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
 

@@ -194,7 +194,7 @@ def test_a_run_killed_at_random_moments_continues_bit_for_bit(tmp_path):
     assert_same_runs(whole, killed)
 
 
-@pytest.mark.parametrize("n", [5, 6])                   # of the writes: files of epoch 2
+@pytest.mark.parametrize("n", [5, 6])                   # this write fails: a file of epoch 2
 def test_a_full_disk_is_one_line_and_a_whole_checkpoint_stays(tmp_path, monkeypatch, n):
     written = []
 

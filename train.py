@@ -84,7 +84,7 @@ BY_DATASET = {
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
 FF_ON_MLP = dict(lr=0.2, weight_decay=0.0, epochs=40)
-RECIPES = {         # found by experiments (experiments/README.md), except the first
+RECIPES = {         # for the reasons see experiments/README.md; the first is the authors'
     "none bp": dict(lr=0.0005),                                     # from the authors' code
     "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, warmup=80,
                   position_std=0.02, schedule="cosine", head_lr=0.005),
@@ -372,8 +372,8 @@ def draw_some(n, generator):
         radius, turn = rand(*sizes), rand(0, 2 * math.pi)
         x, y = ((axis - 15.5 - room * rand(-1, 1)) / radius for axis in (columns, rows))
         x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
-        colour, distance = colour(), outline(x, y)              # drawn in this order
-        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))    # share of a pixel
+        colour, distance = colour(), outline(x, y)  # random numbers in this order
+        return image.lerp(colour, (0.5 - distance * radius).clamp(0, 1))  # the covered part
 
     def by_class(x, y):                     # image i has the class i % 10
         distances = [outline(x[c::10], y[c::10]) for c, outline in enumerate(SHAPES.values())]
@@ -412,9 +412,9 @@ def split(images, labels, s, num_classes):
 # ------------------------------------------------------------------------------------ augmentation
 
 def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
-    """torchvision's RandAugment [45] of uint8 images (B, C, H, W). It applies one random choice to
-    all images of a call. So for each of the num_ops operations the batch is shuffled into up to
-    `groups` groups, and each group has its own random choice. Fewer groups are faster."""
+    """torchvision's RandAugment [45] of uint8 images (B, C, H, W). torchvision makes one random
+    choice per call, for all its images. So for each of the num_ops operations the batch is split
+    at random into up to `groups` groups, and each group has its own choice. Fewer are faster."""
     draw, images = v2.RandAugment(1, magnitude), images.clone()
     with torch.random.fork_rng(devices=[]):             # torchvision has no generator of its own
         torch.default_generator.manual_seed(torch.randint(2 ** 31, (), generator=generator).item())
@@ -541,7 +541,7 @@ def start(run):
 
 
 def save(run):
-    """Write checkpoint.pt, which is all that --resume and eval.py need, and log.csv."""
+    """Write log.csv and checkpoint.pt, which is all that --resume and eval.open_run need."""
     write(run.folder / "checkpoint.pt", pack({
         **{name: getattr(run, name) for name in PROGRESS}, "stage": run.stage,
         "settings": vars(run.settings), "data": run.data, "threads": torch.get_num_threads(),
@@ -552,7 +552,7 @@ def save(run):
     try:
         write(run.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows).encode())
     except PermissionError:                         # Windows, while another program has it open
-        print("log.csv is open in another program; the next epoch will write it")
+        print("log.csv is open in another program; a later epoch can still write it")
 
 
 def test(run):
@@ -668,7 +668,7 @@ def set_threads(device, saved):
 
 def main(argv=None):
     """Train as the flags say; returns the result. Wrong settings, missing data and a full disk end
-    with one line; before training it names the line of code. Other errors show a traceback."""
+    with one line, after `parse` with the place in the code. Other errors show a traceback."""
     s, saved = parse(argv)
     try:
         run = make_run(s, saved)

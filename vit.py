@@ -1,7 +1,7 @@
 """The networks of the paper, layer by layer: ViT[E H L] (Section 3.4) and MLP[E L] (Section 4).
 
     B  images in a batch            #P  patches of an image, each of D/#P numbers
-    E  embedding width              T   tokens: patches, and a label patch or class token if used
+    E  embedding width              T   tokens: patches, a label patch if used (a class token: + 1)
     H  heads, each of width E/H     D   numbers in an image: channels * height * width
     L  layers                       C   channels in shapes of images, else classes
 

@@ -1,4 +1,4 @@
-"""Small tests, which the grader runs first: the README's examples, and single parts of a task.
+"""Small tests for the grader: the README's examples, and single parts of a task.
 
     python -m pytest -q classroom/test_by_hand.py
 """

@@ -36,8 +36,8 @@ class Segment:
     Only the first process has images. A later process receives the output of the layer before its
     own. Each process sends its last layer's output on before it computes that layer's loss; nothing
     comes back. While process r works on batch t, process r - 1 works on batch t + 1, so N batches
-    take n + N - 1 steps on n processes. Before a process sends a batch, the batch before must have
-    arrived, so at most two wait for the next process. `trace` has the events of the epoch.
+    take n + N - 1 steps on n processes. Before a process sends a batch, it waits until the batch
+    before has left, so at most two batches wait for the next process. `trace`: the epoch's events.
     """
 
     def __init__(self, model, image_shape, views):
@@ -217,7 +217,7 @@ def longest_chain(trace):
 
     A process's step on a batch depends on its step on the batch before, and on the step that sent
     its input. If the process had to wait until an older message had left, its step also depends on
-    the step in which the receiver began to receive it, its step on the batch before that message.
+    the next process's step on the batch before that message: it began to receive it in that step.
     """
     after = {(row["process"], row["batch"]): [(row["process"], row["batch"] - 1)]
              for row in trace if row["event"] == "step"}

@@ -160,7 +160,7 @@ def layer_goodness(model, images, y):
 
 def encode(model, images, y=None):
     """The pooled output of each layer: images (B, C, height, width) -> a list of L tensors (B, E).
-    Nothing is detached. A model with labels needs y (B,); without y it gets the neutral label."""
+    Nothing is detached. y (B,) is for a model with labels; the default is the neutral label."""
     if y is None and model.labels is not None:
         y = torch.full((len(images),), -1, device=images.device)
     h, pooled = model.patches(images, y), []

@@ -4,7 +4,7 @@
     python -m pytest -q -k eq18                 one equation, table, figure or algorithm
 
 Each loss is compared with a slow, plain version in float64, and each gradient with automatic
-differentiation of that version. A failing test names the equation and the expected value.
+differentiation of that version. A failing test names the equation and what differs.
 """
 import copy
 import math

@@ -541,7 +541,7 @@ def start(run):
 
 
 def save(run):
-    """Write log.csv and checkpoint.pt, which is all that --resume and eval.open_run need."""
+    """Write checkpoint.pt, all that --resume and eval.open_run need, and log.csv, for people."""
     write(run.folder / "checkpoint.pt", pack({
         **{name: getattr(run, name) for name in PROGRESS}, "stage": run.stage,
         "settings": vars(run.settings), "data": run.data, "threads": torch.get_num_threads(),
@@ -668,7 +668,7 @@ def set_threads(device, saved):
 
 def main(argv=None):
     """Train as the flags say; returns the result. Wrong settings, missing data and a full disk end
-    with one line, after `parse` with the place in the code. Other errors show a traceback."""
+    with one line; in `make_run` and `start` it names a line of code. Other errors: a traceback."""
     s, saved = parse(argv)
     try:
         run = make_run(s, saved)

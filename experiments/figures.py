@@ -7,8 +7,8 @@
     python experiments/figures.py fig7 RUN...           accuracy by model, or by another setting
     python experiments/figures.py views --dataset X     images, and two views for each --augment
 
-RUN is a run's folder or a pattern. Runs that differ only in the seed are averaged. --out FILE says
-where the picture goes. Needs matplotlib; fig5 also needs scikit-learn, the checkpoint and the data.
+RUN is a run's folder; RUN... may also be patterns. Runs that differ only in the seed are averaged.
+--out FILE: where the picture goes. Needs matplotlib; fig5 also scikit-learn, checkpoint, data.
 """
 import argparse
 import os

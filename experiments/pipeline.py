@@ -216,8 +216,8 @@ def longest_chain(trace):
     for N batches on n processes (Sec. 5.1).
 
     A process's step on a batch depends on its step on the batch before, and on the step that sent
-    its input. If the process had to wait until an older message had left, its step also depends on
-    the next process's step on the batch before that message: it began to receive it in that step.
+    its input. If the process had to wait until its message of an older batch b had left, its step
+    also depends on the next process's step on batch b - 1, which began to receive that message.
     """
     after = {(row["process"], row["batch"]): [(row["process"], row["batch"] - 1)]
              for row in trace if row["event"] == "step"}

@@ -1,6 +1,5 @@
 """The answer to task11: a layer's pooled output, computed with fewer operations.
 
-A training step takes 13 % less time in fp32, and 6 % less in bf16.
 """
 from torch.nn import functional as F
 

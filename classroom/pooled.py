@@ -1,6 +1,4 @@
-"""The answer to task11: a layer's pooled output, computed with fewer operations.
-
-"""
+"""The answer to task11: a layer's pooled output, computed with fewer operations."""
 from torch.nn import functional as F
 
 

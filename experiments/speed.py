@@ -127,7 +127,9 @@ def summary(times, base):
 def speed(name, batch_size, rounds, device):
     """Measure training steps, memory, and inference of 100 images, for `show_speed`."""
     case, methods, by_depth = (batch_size, device), {}, {}
-    times = timed({method: random_step(method, name, *case) for method in METHODS}, rounds)
+    steps = {method: random_step(method, name, *case) for method in METHODS}
+    torch.set_float32_matmul_precision("high")          # a method in bf16 changed this for all
+    times = timed(steps, rounds)
     for method in METHODS:
         methods[method] = summary(times[method], times["BP"])
         methods[method]["megabytes"] = step_memory(method, name, *case)

@@ -150,7 +150,7 @@ def evaluate(folder, **changes):
 def fisher_criterion(f, y):
     """Tr(S_w^-1 S_b), Eqs. 19-22, for pooled outputs f (N, E) with labels y (N,): a float. S_w is
     singular if, for example, a unit is always 0; therefore S_w^-1 is the pseudo-inverse."""
-    f = f.double()
+    f, y = f.cpu().double(), y.cpu()                                # MPS has no float64
     m, S_w, S_b = f.mean(dim=0), 0, 0                               # m, Eq. 20
     for c in y.unique():
         f_c = f[y == c]

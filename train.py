@@ -84,7 +84,7 @@ BY_DATASET = {
     "tinyimagenet": dict(model="vit-240-6-7", patch_size=8, padding=6),
 }
 FF_ON_MLP = dict(lr=0.2, weight_decay=0.0, epochs=40)
-RECIPES = {         # for the reasons see experiments/README.md; the first is the authors'
+RECIPES = {         # for the reasons see experiments/README.md
     "none bp": dict(lr=0.0005),                                     # from the authors' code
     "short": dict(epochs=30, head_epochs=10, batch_size=128, temperature=0.25, warmup=80,
                   position_std=0.02, schedule="cosine", head_lr=0.005),
@@ -109,10 +109,9 @@ def train(run):
         if stage > run.stage:
             begin_stage(run, stage)
         if run.epoch < run.epochs:
-            print_row(["epoch", *(f"loss {name}" for name in run.names),
-                       "val loss", "probe %", "seconds", "left"])
+            print_heading(run)
         while run.epoch < run.epochs:
-            start, total, n = time.time(), 0, 0
+            began, total, n = time.time(), 0, 0
             batches = batches_of(run, labels, shuffled=True)
             for i, rows in enumerate(batches):
                 set_learning_rate(run, i)
@@ -121,7 +120,7 @@ def train(run):
                 n += len(rows)
                 if sys.stdout and sys.stdout.isatty():                  # a live count
                     print(f"epoch {run.epoch + 1}, batch {i + 1}", end="\r", flush=True)
-            end_epoch(run, total / n, validate(run), start)
+            end_epoch(run, total / n, validate(run), began)
         run.model.load_state_dict(run.best)             # the epoch with the lowest validation loss
     return test(run)
 
@@ -167,12 +166,14 @@ def set_learning_rate(run, i):
 
 def batches_of(run, labels, shuffled):
     """A list of batches, each the row numbers of its images (B,). With one view a contrastive loss
-    needs two images of a class, so batches without such a pair are dropped."""
+    needs two images of a class: other batches are dropped. Raises ValueError if all are."""
     n = len(labels)
     order = torch.randperm(n, generator=run.generator) if shuffled else torch.arange(n)
     batches = order.to(labels.device).split(run.settings.batch_size)
     if run.method in ("cff", "cffm", "scl") and run.settings.views == 1:
         batches = [rows for rows in batches if len(labels[rows].unique()) < len(rows)]
+        if not batches:
+            raise ValueError("no batch has two images of a class: use more (--limit)")
     return batches
 
 
@@ -218,7 +219,7 @@ def validate(run):
     return total / n
 
 
-def end_epoch(run, train_losses, val_losses, start):
+def end_epoch(run, train_losses, val_losses, began):
     """Log and print the epoch, keep the weights if they are the best so far, and save the run."""
     train_losses, val_losses = train_losses.reshape(-1).tolist(), val_losses.reshape(-1).tolist()
     loss = choosing_loss(run.settings.algo, val_losses)
@@ -228,7 +229,7 @@ def end_epoch(run, train_losses, val_losses, start):
         row |= {f"{part}_loss_{name}": round(x, 6) for name, x in zip(run.names, losses)}
     if run.stage == 1:
         row |= measure(run)
-    row["seconds"] = round(time.time() - start, 2)
+    row["seconds"] = round(time.time() - began, 2)
     run.log.append(row)
     minutes = row["seconds"] * (run.epochs - run.epoch) / 60
     print_row([f"{run.epoch}/{run.epochs}", *(f"{x:.3f}" for x in train_losses), f"{loss:.3f}",
@@ -248,6 +249,12 @@ def choosing_loss(algo, val_losses):
     """The validation loss that selects the weights, from the loss of each layer: the last layer's
     or, for FF, SymBa and FF Collab, the sum over all layers except the first."""
     return sum(val_losses[1:] or val_losses) if algo in WITH_LABELS else val_losses[-1]
+
+
+def print_heading(run):
+    """Print the headings of the rows that `end_epoch` prints."""
+    print_row(["epoch", *(f"loss {name}" for name in run.names),
+               "val loss", "probe %", "seconds", "left"])
 
 
 def print_row(cells):
@@ -484,6 +491,7 @@ def make_run(s, saved=None):
     run.augment, run.val_augment = view(run.generator), view(run.val_generator)
     run.normalise = make_augment("none", 0, mean, std, None)
     begin_stage(run, saved["stage"] if saved else 1)
+    batches_of(run, run.val[1], shuffled=False)             # ValueError if there would be none
     if saved:
         for name in PROGRESS:
             setattr(run, name, saved[name])
@@ -621,7 +629,7 @@ def parse(argv=None):
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")]))
-    if typed.pop("resume", False):
+    if typed.pop("resume", False) and not {"-h", "--help"} & set(argv):
         try:
             saved = read(Path(typed.get("out", "")) / "checkpoint.pt")
             s = DEFAULTS | saved["settings"]
@@ -689,7 +697,7 @@ def main(argv=None):
     except Exception:
         if not run.log:                                 # the folder is free for the next try
             for name in ("config.json", "checkpoint.pt", "log.csv"):
-                (run.folder / name).unlink()
+                (run.folder / name).unlink(missing_ok=True)
         raise
 
 

@@ -172,6 +172,7 @@ def train_encoder(run):
     states = [optimizer.state_dict() for optimizer in run.optimizers]
     broadcast((shared, run.train[1], run.model.state_dict(), states))
     part = own_part(run)
+    train.print_heading(run)
     while run.epoch < run.settings.epochs:
         start, batches = time.time(), train.batches_of(run, run.train[1], True)
         part.epoch, _ = broadcast((run.epoch, batches))
@@ -203,7 +204,7 @@ def assist():
     part = own_part(run)
     for optimizer, state in zip(part.optimizers, states[part.model.own]):
         optimizer.load_state_dict(state)
-    del received, weights, states                               # they belong to all layers
+    del received, weights, states, run                          # they belong to all layers
     while (planned := broadcast()) is not None:
         part.epoch, batches = planned
         train_epoch(part, batches)

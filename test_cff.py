@@ -9,6 +9,7 @@ differentiation of that version. A failing test names the equation and what diff
 import copy
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -867,6 +868,61 @@ def test_table4_missing_data_and_an_exact_fraction_of_wrong_labels():
     assert [len(labels) for _, labels in half] == [450, 50]
 
 
+def test_section_4_images_are_standardised_by_the_training_images(monkeypatch):
+    run = small_run(monkeypatch)
+    x = run.normalise(run.train[0])                                 # (180, 3, 32, 32)
+    std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
+    check(mean, torch.zeros(3), "the mean of each channel", 1e-4)
+    check(std, torch.ones(3), "the standard deviation of each channel", 1e-4)
+
+
+def test_every_setting_of_a_run_is_used(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "make_augment", lambda *args, **options: calls.append(
+        (args[:2], options.get("fill"))))
+    run = small_run(monkeypatch, "--augment", "flip", "--padding", 3, "--fill", "edge", "--pool",
+                    "token", "--weight-decay", 0.3, "--lr", 0.2, "--decay", "parabolic")
+    assert (("flip", 3), "edge") in calls and run.model.pooling == "token"
+    assert run.margins == losses.margins(0.4, 0.1, 3, "parabolic")
+    for optimizer in run.optimizers:
+        assert [optimizer.defaults[name] for name in ("lr", "weight_decay")] == [0.2, 0.3]
+
+
+def test_the_seed_decides_the_weights_and_the_batches(monkeypatch):
+    def start(seed):
+        run = small_run(monkeypatch, "--seed", seed)
+        order = torch.cat(train.batches_of(run, run.train[1], shuffled=True))
+        return order, next(run.model.parameters())
+    for one, again, other in zip(start(1), start(1), start(2)):
+        assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dataset, shape", [("MNIST", (6, 5)), ("CIFAR10", (6, 5, 3))])
+def test_section_4_load_data_keeps_rows_columns_and_parts(monkeypatch, dataset, shape):
+    def data_set(folder, train, download=False):
+        part = torch.randint(256, (4, *shape), dtype=torch.uint8)
+        made[train] = part
+        return SimpleNamespace(data=part.numpy(), targets=[int(train)] * 4)
+    made = {}
+    monkeypatch.setattr(train.torchvision.datasets, dataset, data_set)
+    images, y, test_images, test_y = train.load_data(dataset.lower(), "folder")
+    assert y.tolist() == [1] * 4 and test_y.tolist() == [0] * 4
+    for got, part in ((images, made[True]), (test_images, made[False])):
+        assert torch.equal(got[2, -1], part.reshape(4, 6, 5, -1)[2, :, :, -1])
+
+
+def test_table1_top_k_accuracy(monkeypatch):
+    def predict(model, x, algo, head):
+        assert (algo, head) == ("symba", True)
+        c = (torch.arange(20) - y[x][:, None]) % 20                 # 0 for the right class
+        return torch.where(c == 0, -rank[x][:, None] - 0.5, -c)
+    monkeypatch.setattr(train, "predict", predict)
+    s, model = SimpleNamespace(algo="symba", head=True), SimpleNamespace(num_classes=20)
+    y, rank = torch.arange(40) % 20, torch.arange(40) % 8       # rank: classes that score higher
+    found = train.accuracy(model, torch.arange(40), y, lambda x: x, s)
+    assert found == {k: round(100 * (rank < k).double().mean().item(), 2) for k in (1, 5, 10)}
+
+
 def test_section_4_split_is_90_to_10_disjoint_and_seeded():
     images, y = torch.arange(1000)[:, None, None, None], torch.arange(1000) % 10
 
@@ -901,12 +957,12 @@ def test_section_4_each_image_has_its_own_flip_and_crop(fill, mode):
 
 
 def test_table3_randaugment_is_torchvisions_and_keeps_the_order_of_the_images(monkeypatch):
-    def invert(num_ops, magnitude):
+    def brighten(num_ops, magnitude):
         assert (num_ops, magnitude) == (1, 14)
-        return lambda images: 255 - images
-    monkeypatch.setattr(train.v2, "RandAugment", invert)
-    x = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(train.rand_augment(x, torch.Generator()), 255 - x), "inverted three times"
+        return lambda images: images + 1
+    monkeypatch.setattr(train.v2, "RandAugment", brighten)
+    x = torch.randint(200, (50, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(train.rand_augment(x, torch.Generator()), x + 3), "three operations"
 
 
 def test_table3_randaugment_regroups_the_images_for_each_operation():
@@ -915,6 +971,8 @@ def test_table3_randaugment_regroups_the_images_for_each_operation():
     once = train.rand_augment(images, generator, num_ops=1, groups=4).unique(dim=0)
     thrice = train.rand_augment(images, generator, num_ops=3, groups=4).unique(dim=0)
     assert 1 < len(once) <= 4 < len(thrice), "equal images differ only by group"
+    again = train.rand_augment(images, generator, num_ops=1, groups=4).unique(dim=0)
+    assert once.shape != again.shape or not torch.equal(once, again), "each call draws anew"
     assert torch.equal(torch.get_rng_state(), before), "the global generator must not change"
 
 
@@ -935,17 +993,29 @@ def test_eq19_eq20_eq21_eq22_fisher_criterion():
 
 def test_fig5_row_3_counts_saturated_pairs(monkeypatch):
     run = small_run(monkeypatch, "--model", "vit-16-2-2")
-    row, (images, y) = train.measure(run), run.val
-    P = sum(len(sets(y, i)[0]) for i in range(len(y)))
-    for l, f in enumerate(train.layer_features(run, images)):
-        R = losses.saturated(normalize(f), y, [0.4, 0.1][l]).sum().item()
-        assert row[f"val_saturated_{l + 1}"] == pytest.approx(R / P, abs=1e-6)
+    row = train.measure(run)
+    for part, (images, y) in (("train", run.train), ("val", run.val)):
+        P = sum(len(sets(y, i)[0]) for i in range(len(y)))
+        for l, f in enumerate(train.layer_features(run, images)):
+            R = losses.saturated(normalize(f), y, [0.4, 0.1][l]).sum().item()
+            assert row[f"{part}_saturated_{l + 1}"] == pytest.approx(R / P, abs=1e-6)
 
 
 def test_fig5_row_4_shows_pairs_with_the_median_cosine():
     f = normalize(torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [1, 1], [1, 2], [2, 1], [3, 1]]), dim=1)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     assert evaluation.three_images(f, y) == [0, 3, 5], "medians of 0, 0.71, 0.995; 0.45, 0.89, 0.95"
+
+
+def test_fig5_shows_the_losses_of_the_best_epoch_and_cosines_by_layer(monkeypatch):
+    run = small_run(monkeypatch, "--model", "vit-16-2-2")
+    run.log, run.best_epoch = [{f"val_loss_{l}": 10 * l + i for l in (1, 2)} for i in range(3)], 2
+    features = [normalize(f) for f in train.layer_features(run, run.val[0])]
+    a, p, n = evaluation.three_images(features[0], run.val[1])      # the same in every layer
+    for l, (f, row) in enumerate(zip(features, evaluation.show_layers(run)), start=1):
+        got = row["val_loss"], row["Cosine to the positive"], row["to the negative"]
+        expected = 10 * l + 1, (f[a] @ f[p]).item(), (f[a] @ f[n]).item()
+        assert got == pytest.approx(expected, abs=1e-6)
 
 
 def test_fig6_convergence_is_99_percent_of_the_drop():

@@ -97,16 +97,22 @@ def test_validation_has_the_same_draws_in_each_epoch_and_moves_nothing(algo):
 def test_the_epoch_with_the_lowest_validation_loss_is_kept(tmp_path, monkeypatch):
     assert train.choosing_loss("cff", [9, 1, 2]) == 2, "the last layer's"
     assert train.choosing_loss("ff", [9, 1, 2]) == 3, "of all layers except the first"
-    weights, losses = [], iter([3.0, 1.0, 2.0, 5.0, 4.0])
+    weights, heads, losses = [], [], iter([3.0, 1.0, 2.0, 4.0, 5.0])
 
     def validate(run):
         weights.append(run.model.layers[0][0].weight.clone())
+        heads.append(run.model.head[-1].weight.clone())
         return torch.tensor([0.0, next(losses)])
+
+    def test(run, real=train.test):
+        assert torch.equal(run.model.head[-1].weight, heads[3]), "the better of two epochs"
+        return real(run)
     monkeypatch.setattr(train, "validate", validate)
-    flags = *SMALL, "--model", "mlp-8-2", "--out", tmp_path / "run"
-    assert run_main(*flags)["best_epoch"] == 2
-    assert not torch.equal(weights[1], weights[2])
+    monkeypatch.setattr(train, "test", test)
+    assert run_main(*SMALL, "--model", "mlp-8-2", "--out", tmp_path)["best_epoch"] == 2
+    assert not torch.equal(weights[1], weights[2]) and not torch.equal(heads[3], heads[4])
     assert torch.equal(weights[1], weights[4]), "the head is trained on it"
+    assert torch.equal(evaluation.open_run(tmp_path).model.head[-1].weight, heads[3])
 
 
 def test_every_update_has_the_learning_rate_of_its_schedule(tmp_path, monkeypatch):

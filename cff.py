@@ -137,7 +137,7 @@ def wrong_labels(y, num_classes, generator=None):
     """A random wrong label for each label of y, (B,) -> (B,); all other classes are equally likely.
     A CPU generator draws them: the same seed gives the same labels."""
     shift = torch.randint(1, num_classes, y.shape, generator=generator)
-    return (y + shift.to(y.device, non_blocking=True)) % num_classes
+    return (y + shift.to(y.device, non_blocking=y.is_cuda)) % num_classes
 
 
 def unit(h):

@@ -164,12 +164,12 @@ def fisher_criterion(f, y):
 
 def three_images(f, y):
     """Row numbers of an anchor (row 0), and of the positive and the negative with the median cosine
-    to it. f (n, E) is normalised, y is (n,). Raises ValueError if the anchor has no positive."""
+    to it. f (n, E) is normalised, y is (n,). Raises ValueError without a positive or negative."""
     s = f @ f[0]
     P = (y == y[0]).nonzero()[1:, 0]                                # without row 0 itself
     N = (y != y[0]).nonzero()[:, 0]
-    if not len(P):
-        raise ValueError("the first validation image has no positive")
+    if not len(P) or not len(N):
+        raise ValueError("the first validation image has no positive or no negative")
     P, N = P[s[P].argsort()], N[s[N].argsort()]                     # sorted by cosine
     return [0, P[len(P) // 2].item(), N[len(N) // 2].item()]
 

@@ -426,7 +426,7 @@ def rand_augment(images, generator, num_ops=3, magnitude=14, groups=28):
     with torch.random.fork_rng(devices=[]):             # torchvision has no generator of its own
         torch.default_generator.manual_seed(torch.randint(2 ** 31, (), generator=generator).item())
         for _ in range(num_ops):
-            order = torch.randperm(len(images)).to(images.device, non_blocking=True)
+            order = torch.randperm(len(images)).to(images.device, non_blocking=images.is_cuda)
             images[order] = torch.cat([draw(images[rows]) for rows in order.chunk(groups)])
     return images
 
@@ -437,7 +437,8 @@ def make_augment(kind, padding, mean, std, generator, flip=True, fill="zeros"):
     mean, std, shifts = torch.tensor(mean), torch.tensor(std), 2 * padding + 1
 
     def augment(images):
-        (B, _, H, W), there = images.shape, dict(device=images.device, non_blocking=True)
+        B, _, H, W = images.shape
+        there = dict(device=images.device, non_blocking=images.is_cuda)     # unsafe on MPS
         if "randaug" in kind:
             images = rand_augment(images, generator)
         if "crop" in kind:                                  # a random window of the padded image
@@ -630,8 +631,9 @@ def parse(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")]))
     if typed.pop("resume", False) and not {"-h", "--help"} & set(argv):
+        typed.setdefault("out", ".")                    # without --out: the current folder
         try:
-            saved = read(Path(typed.get("out", "")) / "checkpoint.pt")
+            saved = read(Path(typed["out"]) / "checkpoint.pt")
             s = DEFAULTS | saved["settings"]
         except (OSError, LookupError, TypeError) as reason:         # no checkpoint of this program
             parser.error(f"no run to resume: {reason}")
@@ -647,7 +649,7 @@ def parse(argv=None):
         if isinstance(allowed, tuple) and not allowed[0] <= s[name] <= allowed[1]:
             parser.error(f"{name} must lie in {allowed[0]}..{allowed[1]}; got {s[name]}")
     if s["recipe"] == "mlp" and not s["model"].startswith("mlp"):
-        parser.error(f"recipe mlp is not for {s['model']}: add --recipe none")
+        parser.error(f"recipe mlp is not for {s['model']}: add --model mlp-800-4")
     if s["head"] and s["algo"] not in WITH_LABELS:
         parser.error(f"--head is for ff, symba and collab, not {s['algo']}")
     if not s["out"]:

@@ -33,9 +33,10 @@ import cff
 import losses
 import pipeline
 import pooled
+import train
 import vit
 
-PROJECT = {module.__name__: module for module in (cff, losses, pipeline, pooled, vit)}
+PROJECT = {module.__name__: module for module in (cff, losses, pipeline, pooled, train, vit)}
 TEST_FILES = ["classroom/test_by_hand.py", "test_cff.py", "experiments/test_pipeline.py"]
 TASKS = {       # task: (part of the paper, functions to write, tests from simple to hard)
     "task01": ("Eqs. 1 and 2", [losses.goodness, losses.ff_loss],
@@ -299,9 +300,10 @@ def report(headline, printed, results):
 
 def grade_files(options, tasks):
     """Grade up to four files at once; write and print the results in order. Returns the status."""
-    names = [Path(path).stem for path in options.files]
-    if len(set(names)) < len(names):                    # two files have the same name
-        names = [f"{Path(path).absolute().parent.name}-{Path(path).stem}" for path in options.files]
+    paths, n = [Path(path).absolute().with_suffix("").parts[1:] for path in options.files], 1
+    while len({path[-n:] for path in paths}) < len(set(paths)):     # two have the same name
+        n += 1
+    names = ["-".join(path[-n:]) for path in paths]
     for path in filter(None, (options.csv, options.reports)):       # check both, then write
         if os.path.exists(path) and not options.force:
             raise FileExistsError(f"{path} exists: choose another name, or add --force")

@@ -197,7 +197,8 @@ def with_line(line):            # as the first line of contrastive_loss
 
 
 IMPORTING = """import losses
-from losses import goodness, ff_loss
+from losses import goodness
+from train import ff_loss
 contrastive_loss = lambda *a, **k: losses.contrastive_loss(*a, **k)
 """
 FILES = {       # name: (source, status, task01, task02, pattern in the words)
@@ -260,6 +261,12 @@ def test_one_file_and_refused_options(tmp_path, capsys, monkeypatch):
             grade(["mine.py", *words.split()])
         assert re.fullmatch("(-k|--csv) .*: .*\n|.*exists.*\n", capsys.readouterr().err)
     assert Path("mine.py").read_text("utf-8") == HONEST and os.listdir() == ["mine.py"]
+    files = [Path(student, "src", "mine.py") for student in ("alice", "bob")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text(HONEST, encoding="utf-8")
+    grade([*map(str, files), "-k", "task01", "--reports", "reports"])
+    assert sorted(os.listdir("reports")) == ["alice-src-mine.txt", "bob-src-mine.txt"]
     monkeypatch.setattr(sys, "stdout", None)                    # as in IDLE
     assert grade(["mine.py", "-k", "task02", "--csv", "new.CSV"]) == 0
     assert Path("new.CSV").read_bytes().startswith(b"\xef\xbb\xbfname,")     # Excel needs this

@@ -278,6 +278,11 @@ def start_run(argv):
     run = train.make_run(s, saved)
     if n > len(run.model.layers):
         raise ValueError(f"{n} processes for {len(run.model.layers)} layers: start fewer")
+    if run.device.type == "mps":
+        raise ValueError("the pipeline needs --device cpu or cuda")
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    if run.device.type == "cuda" and local > torch.cuda.device_count():
+        raise ValueError("each process needs its own GPU: start fewer, or add --device cpu")
     if not saved:
         train.start(run)
     return run

@@ -61,7 +61,9 @@ def run_until(where, stage, epoch, *flags):
 
 
 def assert_same_runs(one, other):
-    """Settings, weights, optimizers, random states and logs of two runs are the same."""
+    """Settings, weights, optimizers, random states, logs and results of two runs are the same."""
+    results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
+    assert results[0] == results[1] | {"seconds": results[0]["seconds"]}
     a, b = (train.read(run / "checkpoint.pt") for run in (one, other))
     for saved in (a, b):
         saved["settings"].pop("out")

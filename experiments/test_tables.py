@@ -38,5 +38,9 @@ def test_the_command_in_a_record_has_the_settings_of_the_record(folder):
     others = ["out", "data_dir", "device", "recipe"]
     if old.algo not in ("cff", "cffm", "scl"):
         others.append("views")                          # all other methods use one view
+    if (folder / "checkpoint.pt").exists():
+        saved = train.read(folder / "checkpoint.pt")
+        train.make_model(old, saved["data"]).load_state_dict(saved["best"])
+        assert saved["settings"] == vars(old), "the kept weights are of another run"
     assert [name for name in train.SETTINGS
             if name not in others and getattr(new, name) != getattr(old, name)] == []

@@ -271,7 +271,7 @@ def draw_schedule(trace, n, batches, path):
 def start_run(argv):
     """The run of a command line. Raises ValueError if the pipeline cannot train it."""
     s, saved = train.parse(argv)
-    n = int(os.environ["WORLD_SIZE"])
+    n, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if s.algo not in ("cff", "cffm", "ff", "symba"):
         raise ValueError(f"--algo {s.algo} cannot run in the pipeline: its losses depend on "
                          "several layers")
@@ -280,8 +280,7 @@ def start_run(argv):
         raise ValueError(f"{n} processes for {len(run.model.layers)} layers: start fewer")
     if run.device.type == "mps":
         raise ValueError("the pipeline needs --device cpu or cuda")
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    if run.device.type == "cuda" and local > torch.cuda.device_count():
+    if run.device.type == "cuda" and here > torch.cuda.device_count():
         raise ValueError("each process needs its own GPU: start fewer, or add --device cpu")
     if not saved:
         train.start(run)

@@ -39,7 +39,7 @@ def processes(folder, n, script, *argv):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {"TORCHELASTIC_RUN_ID": "0", "WORLD_SIZE": str(n),
+    environment = {"TORCHELASTIC_RUN_ID": "0", "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     argv, running, done = [str(script), *map(str, argv)], [], []
     for rank in range(n):
@@ -156,7 +156,8 @@ def test_fig8_schedule_says_how_long_the_longest_chain_is(tmp_path, monkeypatch,
 
 
 def test_fig8_unsuitable_runs_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
     for flags, words in ((["--algo", "collab"], "its losses depend on several layers"),
                          (["--model", "mlp-8-3", "--device", "cpu"], "4 processes for 3 layers")):
         with pytest.raises(ValueError, match=words):

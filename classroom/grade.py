@@ -304,6 +304,8 @@ def grade_files(options, tasks):
     while len({path[-n:] for path in paths}) < len(set(paths)):     # two have the same name
         n += 1
     names = ["-".join(path[-n:]) for path in paths]
+    if len(set(names)) < len(names):
+        raise FileExistsError("two of these files would have the same name in the table")
     for path in filter(None, (options.csv, options.reports)):       # check both, then write
         if os.path.exists(path) and not options.force:
             raise FileExistsError(f"{path} exists: choose another name, or add --force")

@@ -172,7 +172,8 @@ def train_encoder(run):
     states = [optimizer.state_dict() for optimizer in run.optimizers]
     broadcast((shared, run.train[1], run.model.state_dict(), states))
     part = own_part(run)
-    train.print_heading(run)
+    if run.epoch < run.settings.epochs:
+        train.print_heading(run)
     while run.epoch < run.settings.epochs:
         start, batches = time.time(), train.batches_of(run, run.train[1], True)
         part.epoch, _ = broadcast((run.epoch, batches))

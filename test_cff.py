@@ -876,7 +876,7 @@ def test_section_4_images_are_standardised_by_the_training_images(monkeypatch):
     check(std, torch.ones(3), "the standard deviation of each channel", 1e-4)
 
 
-def test_every_setting_of_a_run_is_used(monkeypatch):
+def test_settings_reach_the_augmentation_the_model_and_the_optimizers(monkeypatch):
     calls = []
     monkeypatch.setattr(train, "make_augment", lambda *args, **options: calls.append(
         (args[:2], options.get("fill"))))
